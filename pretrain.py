@@ -1,0 +1,123 @@
+"""Stage 2, masked image modeling: predict the codes of patches that are hidden (paper sections 2.3 and 2.4).
+
+    torchrun pretrain.py configs/demo.yaml                                   # one process, CPU or GPU
+    torchrun --nproc-per-node 8 pretrain.py configs/base.yaml                # eight GPUs of one machine
+    torchrun pretrain.py configs/imagenette.yaml pretrain.num_masked=40      # any option, from the command line
+
+About 40 % of the patches are masked, in blocks. The backbone sees the rest and names the code of each masked patch;
+the aggregation head names it again from the final [CLS] and the patch tokens of an early layer. The codes come from
+stage 1, which sees the whole image:
+
+    loss = - mean over masked patches i of  log p(code_i | visible patches)  +  log p(code_i | [CLS], early patches)
+
+Writes OUTPUT_DIR/pretrain/{last.pt, metrics.jsonl, config.yaml}.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import data
+import engine
+import tokenizer as vqkd
+from beitv2 import MaskedImageModel, ModelConfig, ModelError, masked_positions, read_checkpoint
+
+
+@dataclass
+class PretrainConfig(engine.TrainConfig):
+    """The `pretrain` section."""
+
+    epochs: int = 300
+    batch_size: int = 2048
+    lr: float = 1.5e-3
+    min_lr: float = 1e-5
+    warmup_epochs: float = 10
+    betas: tuple[float, float] = (0.9, 0.98)  # .999 for 1600 epochs
+    clip_grad: float = 3.0
+    drop_path: float = 0.0  # .1 for 1600 epochs
+    tokenizer_weights: str = ""  # a trained tokenizer, path or URL; empty: OUTPUT_DIR/tokenizer/last.pt
+    num_masked: int = 75  # masked patches per image: 40 % of 196
+    min_block: int = 16  # patches in the smallest block
+    early_layers: int = 9  # l: the layer, from 1, whose patches the aggregation head sees
+    head_layers: int = 2  # blocks of the aggregation head; 0: none
+    shared_lm_head: bool = True  # both predictions through the same norm and output layer
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the random crop over that of the image
+    jitter: float = 0.4  # strength of the colour jitter
+    knn_every: int = 10  # epochs between two k-NN pulses, and after the last epoch; 0: never
+    knn_images: int = 20000  # training images that the pulse compares with, evenly chosen
+
+
+SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "tokenizer": vqkd.TokenizerConfig, "pretrain": PretrainConfig}
+
+
+def main() -> None:
+    config = engine.load_config(SECTIONS)
+    cfg, size = config.pretrain, config.data.image_size
+    run = engine.Run("pretrain", config, cfg)
+
+    tokenizer = vqkd.load_tokenizer(config, cfg.tokenizer_weights, "pretrain.tokenizer_weights").to(run.device)
+    backbone = config.model.backbone(size) | dict(rel_pos_bias="shared" if config.model.rel_pos_bias else None)
+    model = MaskedImageModel(config.tokenizer.codebook_size, cfg.early_layers, cfg.head_layers, cfg.shared_lm_head,
+                             cfg.drop_path, **backbone).to(run.device)
+    parallel = run.prepare(model)
+    optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay), cfg)
+
+    train_set, val_set = data.open_datasets(config.data)
+    view = data.TrainView(train_set, config.seed, size, cfg.crop_scale, cfg.jitter, cfg.num_masked, model.grid, cfg.min_block)
+    loader = data.TrainLoader(view, run.device_batch, config.seed, engine.rank(), engine.world_size(), config.data.workers)
+    run.begin(loader, read_checkpoint, model=model, optimizer=optimizer)
+    lr = engine.cosine_schedule(cfg.lr, cfg.min_lr, cfg.epochs, run.steps_per_epoch, cfg.warmup_epochs)
+
+    for epoch in run.epochs():
+        parallel.train()
+        for micro_batches in run.steps(epoch):
+            engine.set_lr(optimizer, lr[run.step])
+            for batch in micro_batches:
+                # Student and tokenizer look at the same pixels, in [0,1], and normalise them each in its own way.
+                images = data.color_jitter(batch["image"], batch["jitter"]) if cfg.jitter else data.to_unit(batch["image"])
+                masked = masked_positions(batch["mask"], cfg.num_masked)  # [B, M]
+                with run.autocast():
+                    codes = tokenizer.token_ids(images).gather(1, masked)  # [B, M], what the masked patches hide
+                    logits, head_logits = parallel(data.normalize(images), masked)  # [B, M, K] each
+                loss, accuracy = cross_entropy(logits, codes)
+                run.record(mim_loss=loss, mim_accuracy=accuracy)
+                if head_logits is not None:  # section 2.4: the loss of patch aggregation has the same weight
+                    head_loss, head_accuracy = cross_entropy(head_logits, codes)
+                    run.record(cls_loss=head_loss, cls_accuracy=head_accuracy)
+                    loss = loss + head_loss
+                run.record(loss=loss)
+                run.backward(loss)
+            run.optimizer_step(optimizer)
+
+        last = epoch + 1 == cfg.epochs
+        pulse = cfg.knn_every and ((epoch + 1) % cfg.knn_every == 0 or last)
+        run.end_epoch(epoch, train={}, val=knn_pulse(run, model, train_set, val_set) if pulse else {})
+    run.finish()
+
+
+def cross_entropy(logits: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and accuracy in [0,1] of logits [B, M, K] against codes [B, M]: equation 5, a mean over masked patches."""
+    loss = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
+    return loss, (logits.argmax(dim=-1) == codes).float().mean()
+
+
+@torch.no_grad()
+def knn_pulse(run: engine.Run, model: MaskedImageModel, train_set, val_set) -> dict[str, float]:
+    """k-NN accuracy of the frozen [CLS] and mean patch: is what is being learned of any use? Labels serve only here."""
+    model.eval()
+    config = run.config
+    chosen = torch.linspace(0, len(train_set) - 1, min(config.pretrain.knn_images, len(train_set))).long().tolist()
+    features = []
+    for dataset, indices in ((train_set, chosen), (val_set, range(len(val_set)))):
+        loader = data.val_loader(dataset, config.data.image_size, run.device_batch, engine.rank(), engine.world_size(),
+                                 config.data.workers, indices)
+        features.append(engine.extract_features(
+            run, lambda images: model.features(data.normalize(data.to_unit(images))), loader, len(indices)))
+    bank, queries = features
+    return {f"knn_{kind}": engine.knn_accuracy(bank[kind], bank["labels"], queries[kind], queries["labels"])
+            for kind in ("cls", "mean")}
+
+
+if __name__ == "__main__":
+    engine.launch(main, ModelError)

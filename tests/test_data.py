@@ -1,0 +1,467 @@
+"""data.py: what a sample is, that it is reproducible, and what happens when images are missing or broken."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data  # noqa: E402
+from engine import UserError  # noqa: E402
+
+
+def parity_folder() -> Path:
+    if "BEITV2_PARITY" in os.environ:
+        return Path(os.environ["BEITV2_PARITY"])
+    here = Path(__file__).parent
+    return next((p for p in (here / "fixtures/parity", here.parent.parent / "shared/parity") if p.is_dir()), here / "fixtures/parity")
+
+
+def shapes(split="train", count=40, size=32):
+    return data.open_dataset(data.DataConfig("shapes", image_size=size, train_images=count, val_images=count), split)
+
+
+def folder(path: Path, train=40, val=20, classes=("cat", "dog")) -> data.DataConfig:
+    """An image folder of small random pictures, `train` and `val` of them over all classes."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for i in range(count):
+            file = path / split / classes[i % len(classes)] / f"{i:03d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (24, 30, 3), dtype=np.uint8)).save(file)
+    return data.DataConfig("imagefolder", root=str(path), image_size=16, workers=0)
+
+
+def full_view(dataset, seed=3):
+    """A view that draws everything there is to draw."""
+    return data.TrainView(dataset, seed, 16, jitter=0.4, num_masked=6, mask_grid=4, min_block=2, rand_augment=True, erase=0.5)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a if k != "unreadable")
+
+
+def all_same(first, second) -> bool:
+    first, second = list(first), list(second)
+    return len(first) == len(second) > 0 and all(same(a, b) for a, b in zip(first, second))
+
+
+# --- block masks ---------------------------------------------------------------------------------------------
+
+
+def statistics_of_masks():
+    path = parity_folder() / "recipe.json"
+    return json.loads(path.read_text())["block_mask_statistics"] if path.is_file() else []
+
+
+def components(mask: torch.Tensor) -> int:
+    """How many pieces, connected over edges, the masked patches [G, G] form."""
+    left, count = set(map(tuple, mask.nonzero().tolist())), 0
+    while left:
+        count, edge = count + 1, [left.pop()]
+        while edge:
+            y, x = edge.pop()
+            near = left & {(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)}
+            left -= near
+            edge += near
+    return count
+
+
+def test_block_masks_have_the_published_statistics():
+    references = statistics_of_masks()
+    if not references:
+        pytest.skip(f"no recipe.json in {parity_folder()}: set BEITV2_PARITY")
+    for want in references:
+        generator, grid, count = torch.Generator().manual_seed(0), want["grid"], 4000
+        masks = torch.stack([data.block_mask(grid, want["num_masked"], want["min_block"], generator) for _ in range(count)])
+        assert masks.dtype == torch.bool and (masks.sum(1) == want["num_masked"]).all()
+        masks = masks.view(count, grid, grid)
+
+        p = torch.tensor(want["position_frequency"])
+        sampling_error = (p * (1 - p) * (1 / count + 1 / want["samples"])).sqrt()
+        deviation = (masks.float().mean(0) - p) / sampling_error
+        assert deviation.abs().max() < 4.5 and deviation.square().mean().sqrt() < 1.5
+        right = (masks[:, :, :-1] & masks[:, :, 1:]).sum() / masks[:, :, :-1].sum()
+        lower = (masks[:, :-1] & masks[:, 1:]).sum() / masks[:, :-1].sum()
+        assert right.item() == pytest.approx(want["p_right_neighbour_masked"], abs=0.005)
+        assert lower.item() == pytest.approx(want["p_lower_neighbour_masked"], abs=0.005)
+
+        pieces = torch.tensor([components(mask) for mask in masks[:2000]], dtype=torch.float)
+        mean, std = want["connected_components_mean"], want["connected_components_std"]
+        assert pieces.mean().item() == pytest.approx(mean, abs=4.5 * std / 2000 ** 0.5)
+        assert pieces.std().item() == pytest.approx(std, rel=0.12)
+
+
+@pytest.mark.parametrize("grid, num_masked, min_block", [(4, 0, 4), (4, 1, 16), (4, 15, 4), (4, 16, 4), (1, 1, 1), (7, 20, 49)])
+def test_block_mask_count_is_exact(grid, num_masked, min_block):
+    for seed in range(20):
+        mask = data.block_mask(grid, num_masked, min_block, torch.Generator().manual_seed(seed))
+        assert mask.shape == (grid * grid,) and mask.sum() == num_masked
+
+
+def test_more_masked_patches_than_patches():
+    with pytest.raises(UserError, match="17 masked patches .* 16 patches"):
+        data.block_mask(4, 17, 4)
+    with pytest.raises(UserError, match="17 masked patches"):
+        data.TrainView(shapes(), 0, 32, num_masked=17, mask_grid=4)
+
+
+# --- a training sample -----------------------------------------------------------------------------------------
+
+
+def test_a_sample_has_what_was_asked_for():
+    sample = full_view(shapes())[0, 7]
+    assert sample["image"].shape == (3, 16, 16) and sample["image"].dtype == torch.uint8
+    assert sample["label"] == 7 and sample["index"] == 7 and sample["unreadable"] == ""
+    assert sample["mask"].shape == (16,) and sample["mask"].sum() == 6
+    assert sample["jitter"].shape == (3,) and ((sample["jitter"] >= 0.6) & (sample["jitter"] <= 1.4)).all()
+    assert data.TrainView(shapes(), 0, 16)[0, 7].keys() == {"image", "label", "index", "unreadable"}
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone():
+    view, other_seed = full_view(shapes()), full_view(shapes(), seed=4)
+    torch.manual_seed(0)
+    once, following = view[2, 5], torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(3), following), "drawing a sample moved the caller's generator"
+    torch.manual_seed(99)
+    assert same(view[2, 5], once)
+    for another in (view[3, 5], other_seed[2, 5]):
+        assert not torch.equal(another["image"], once["image"]) and not torch.equal(another["jitter"], once["jitter"])
+
+
+def test_crops_cover_the_asked_share_and_half_are_flipped():
+    # One channel runs from left to right, one from top to bottom, so that a crop tells where it was taken.
+    ramp = np.broadcast_to(np.arange(256, dtype=np.uint8), (256, 256))
+    class Ramp:
+        def __len__(self): return 1
+        def load(self, _): return Image.fromarray(np.stack([ramp, ramp.T, ramp], 2))
+        def label(self, _): return 0
+    view = data.TrainView(Ramp(), 0, 32, crop_scale=(0.2, 0.5))
+    flips, areas = [], []
+    for epoch in range(400):
+        image = view[epoch, 0]["image"].float()
+        across, down = image[0, :, -1].mean() - image[0, :, 0].mean(), image[1, -1].mean() - image[1, 0].mean()
+        flips.append(bool(across < 0))
+        areas.append(float(across.abs() * down) / 256 ** 2 * (32 / 31) ** 2)
+        assert down > 0
+    assert 0.4 < np.mean(flips) < 0.6
+    assert 0.17 < min(areas) < 0.24 and 0.46 < max(areas) < 0.53
+
+
+def test_erased_boxes_have_the_asked_probability_and_area():
+    view = data.TrainView(shapes(count=10), 0, 64, erase=0.25)
+    boxes = torch.stack([view[epoch, 0]["erase"] for epoch in range(600)])
+    erased = boxes[boxes[:, 2] > 0]
+    assert 0.19 < len(erased) / 600 < 0.31
+    assert (erased[:, :2] + erased[:, 2:] <= 64).all() and (erased[:, :2] >= 0).all()
+    area = erased[:, 2] * erased[:, 3] / 64 ** 2
+    assert 0.015 < area.min() and area.max() < 0.345 and area.max() > 0.25
+
+
+# --- epochs ----------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_the_same_for_any_number_of_workers():
+    view = full_view(shapes(count=23))
+    alone, helped = (data.TrainLoader(view, 4, seed=1, workers=workers) for workers in (0, 2))
+    assert alone.batches_per_epoch == 5
+    for epoch in (0, 1):  # twice: the workers live on
+        assert all_same(alone.epoch(epoch), helped.epoch(epoch))
+
+
+def test_an_epoch_restarts_in_its_middle():
+    view = full_view(shapes(count=23))
+    whole = list(data.TrainLoader(view, 4, seed=1).epoch(3))
+    assert all_same(whole[2:], data.TrainLoader(view, 4, seed=1).epoch(3, start=2))
+    interrupted = data.TrainLoader(view, 4, seed=1, workers=2)
+    next(interrupted.epoch(3))  # left with samples under way
+    assert all_same(whole[2:], interrupted.epoch(3, start=2))
+    assert list(data.TrainLoader(view, 4, seed=1).epoch(3, start=5)) == []
+
+
+def test_epochs_are_shuffled_and_hold_each_image_once():
+    loader = data.TrainLoader(data.TrainView(shapes(count=20), 0, 16), 4, seed=1)
+    first, second = ([i for batch in loader.epoch(e) for i in batch["index"].tolist()] for e in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(20)) and first != second and first != sorted(first)
+
+
+def test_two_ranks_see_together_what_one_sees():
+    view = full_view(shapes(count=27))
+    one = list(data.TrainLoader(view, 8, seed=1).epoch(1))
+    ranks = [list(data.TrainLoader(view, 4, seed=1, rank=rank, world_size=2).epoch(1)) for rank in (0, 1)]
+    assert len(one) == len(ranks[0]) == len(ranks[1]) == 3
+    for whole, even, odd in zip(one, *ranks):
+        together = {key: torch.stack([even[key], odd[key]], 1).flatten(0, 1) for key in whole}
+        assert same(whole, together)
+
+
+def test_more_ranks_than_images():
+    view = data.TrainView(shapes(count=3), 0, 16)
+    with pytest.raises(UserError, match="4 process.* need 4 training images .* only 3"):
+        data.TrainLoader(view, 1, seed=0, world_size=4)
+    with pytest.raises(UserError, match="only 3"):
+        data.TrainLoader(view, 4, seed=0)
+
+
+def test_workers_leave_ctrl_c_to_the_parent():
+    loader = data.TrainLoader(data.TrainView(shapes(count=40), 0, 16), 2, seed=1, workers=2)
+    epoch = loader.epoch(0)
+    batches = [next(epoch)]
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+    assert len(batches + list(epoch)) == 20
+
+
+def test_the_loader_leaves_the_default_generator_alone():
+    loader = data.TrainLoader(full_view(shapes()), 4, seed=1)
+    before = torch.get_rng_state()
+    list(loader.epoch(0)), list(data.val_loader(shapes(), 16, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- validation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_each_validation_image_counts_once(world_size):
+    loaders = [data.val_loader(shapes("val", 10), 16, 3, rank, world_size) for rank in range(world_size)]
+    batches = [batch for loader in loaders for batch in loader]
+    assert sorted(i for batch in batches for i in batch["index"].tolist()) == list(range(10))
+    assert len(batches) == sum(map(len, loaders))
+    assert all(torch.equal(batch["label"], batch["index"] % 10) for batch in batches)
+
+
+@pytest.mark.parametrize("size, left_out", [(224, 16), (384, 0)])
+def test_the_evaluation_crop(size, left_out):
+    # A ramp twice as wide as high: the first and last column tell how much the crop left out.
+    class Ramp:
+        def __len__(self): return 1
+        def load(self, _): return Image.fromarray(np.tile(np.linspace(0, 255, 1024).astype(np.uint8), (512, 1))).convert("RGB")
+        def label(self, _): return 0
+    (batch,) = data.val_loader(Ramp(), size, 1)
+    assert batch["image"].shape == (1, 3, size, size) and batch["image"].dtype == torch.uint8
+    shorter = size + 2 * left_out  # 256 for 224
+    margin = (2 * shorter - size) / 2 / (2 * shorter)  # of the width, on either side
+    row = batch["image"][0, 0, size // 2].float() / 255
+    assert row[0] == pytest.approx(margin, abs=0.006) and row[-1] == pytest.approx(1 - margin, abs=0.006)
+
+
+# --- broken and missing images -------------------------------------------------------------------------------------
+
+
+def truncate(file: Path):
+    file.write_bytes(file.read_bytes()[:200])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_training_image_is_named_and_replaced(tmp_path, capsys, workers):
+    config = folder(tmp_path, train=120)
+    broken = tmp_path / "train/dog/007.png"
+    truncate(broken)
+    dataset = data.open_dataset(config, "train")
+    loader = data.TrainLoader(data.TrainView(dataset, 0, 16), 10, seed=0, workers=workers)
+    for epoch in (0, 1):
+        batches = list(loader.epoch(epoch))
+        indices = torch.cat([batch["index"] for batch in batches]).tolist()
+        labels = torch.cat([batch["label"] for batch in batches]).tolist()
+        assert len(indices) == 120 and str(broken) not in map(dataset.name, indices)
+        assert labels == [dataset.label(i) for i in indices], "the label must be the replacement's"
+    assert loader.unreadable == {str(broken)}
+    assert capsys.readouterr().err.count(str(broken)) == 1
+
+
+def test_too_many_unreadable_training_images_end_the_run(tmp_path):
+    config = folder(tmp_path, train=120)
+    truncate(tmp_path / "train/dog/007.png")
+    (tmp_path / "train/cat/010.png").write_text("no image at all")
+    loader = data.TrainLoader(data.TrainView(data.open_dataset(config, "train"), 0, 16), 10, seed=0)
+    with pytest.raises(UserError, match="2 of 120 training images cannot be read"):
+        list(loader.epoch(0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_but_unreadable_images(tmp_path, workers):
+    config = folder(tmp_path, train=8)
+    for file in (tmp_path / "train").rglob("*.png"):
+        truncate(file)
+    loader = data.TrainLoader(data.TrainView(data.open_dataset(config, "train"), 0, 16), 4, seed=0, workers=workers)
+    with pytest.raises(UserError, match=r"^ten images in a row cannot be read[^\n]*\.png[^\n]*$"):
+        list(loader.epoch(0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_validation_image_is_an_error(tmp_path, workers):
+    config = folder(tmp_path)
+    truncate(tmp_path / "val/cat/004.png")
+    with pytest.raises(UserError, match=r"^the validation image '.*val/cat/004.png' cannot be read[^\n]*$"):
+        list(data.val_loader(data.open_dataset(config, "val"), 16, 4, workers=workers))
+
+
+def test_sentences_for_missing_folders(tmp_path):
+    config = folder(tmp_path / "images")
+    assert data.open_dataset(config, "train").classes == ["cat", "dog"]
+    assert len(data.open_dataset(config, "train")) == 40 and len(data.open_dataset(config, "val")) == 20
+
+    def sentence(root, split="train"):
+        with pytest.raises(UserError) as error:
+            data.open_dataset(data.DataConfig("imagefolder", root=str(root)), split)
+        assert "\n" not in str(error.value) and "data.root" in str(error.value)
+        return str(error.value)
+
+    assert "has no folder 'train'" in sentence(tmp_path / "nowhere")
+    assert "is a file" in sentence(tmp_path / "images/train/cat/000.png")
+    (tmp_path / "flat/train").mkdir(parents=True)
+    assert "has no class folders" in sentence(tmp_path / "flat")
+    (tmp_path / "images/train/emu").mkdir()
+    assert "images/train/emu' holds no image" in sentence(tmp_path / "images")
+    assert "only one of them has emu" in sentence(tmp_path / "images", "val")
+
+
+@pytest.mark.parametrize("name", data.NAMED)
+def test_sentence_for_a_named_data_set_that_is_not_there(name, tmp_path):
+    with pytest.raises(UserError, match=rf"{name} is not .*set data.download=true"):
+        data.open_dataset(data.DataConfig(name, root=str(tmp_path)), "train")
+
+
+def test_sentence_for_a_failed_download(tmp_path, monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("Network is unreachable")
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    for split in ("train", "val"):
+        with pytest.raises(UserError, match="cifar10 could not be fetched .*unreachable"):
+            data.open_dataset(data.DataConfig("cifar10", root=str(tmp_path), download=True), split)
+
+
+def test_a_named_data_set_opens(tmp_path):
+    import pickle
+    batches, meta = tmp_path / "cifar-10-batches-py", {"label_names": [f"class{i}" for i in range(10)]}
+    batches.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
+    for file in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        (batches / file).write_bytes(pickle.dumps({"data": pixels, "labels": [3, 1, 4, 1]}))
+    (batches / "batches.meta").write_bytes(pickle.dumps(meta))
+    with pytest.MonkeyPatch.context() as patch:  # our small files have other check sums
+        patch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+        dataset = data.open_dataset(data.DataConfig("cifar10", root=str(tmp_path)), "train")
+    assert len(dataset) == 20 and dataset.classes == meta["label_names"] and list(dataset.labels[:4]) == [3, 1, 4, 1]
+    assert dataset.name(5) == "cifar10/train/5" and dataset.label(2) == 4
+    assert np.array_equal(np.asarray(dataset.load(1)), pixels[1].reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_image_decodes_to_sensible_rgb(tmp_path):
+    red = Image.new("RGB", (8, 8), (200, 30, 10))
+    half = red.convert("RGBA")
+    half.paste((200, 30, 10, 0), (0, 0, 4, 8))  # the left half is transparent
+    palette = half.quantize(4)
+    assert palette.mode == "P"
+    wanted = {}
+
+    def save(name, image, left, right, **options):
+        image.save(tmp_path / name, **options)
+        wanted[name] = left, right
+
+    save("rgb.png", red, (200, 30, 10), (200, 30, 10))
+    save("grey.png", Image.new("L", (8, 8), 77), (77,) * 3, (77,) * 3)
+    save("bits.png", Image.new("1", (8, 8), 1), (255,) * 3, (255,) * 3)
+    save("sixteen.png", Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)), (100,) * 3, (100,) * 3)
+    save("sixteen.tif", Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)), (100,) * 3, (100,) * 3)
+    save("alpha.png", half, (255,) * 3, (200, 30, 10))
+    save("palette.png", palette, (255,) * 3, (200, 30, 10))
+    save("cmyk.jpg", red.convert("CMYK"), (200, 30, 10), (200, 30, 10), quality=100)
+    (tmp_path / "train/all").mkdir(parents=True)
+    for name in wanted:
+        os.rename(tmp_path / name, tmp_path / "train/all" / name)
+    dataset = data.open_dataset(data.DataConfig("imagefolder", root=str(tmp_path)), "train")
+    assert len(dataset) == len(wanted)
+    for i in range(len(dataset)):
+        image, (left, right) = dataset.load(i), wanted[Path(dataset.name(i)).name]
+        assert image.mode == "RGB" and image.size == (8, 8)
+        for x, colour in ((1, left), (6, right)):
+            assert np.abs(np.subtract(image.getpixel((x, 4)), colour)).max() <= 6, (dataset.name(i), image.getpixel((x, 4)))
+
+
+# --- shapes ------------------------------------------------------------------------------------------------------------
+
+
+def test_shapes_are_drawn_from_split_and_index_alone():
+    few, many = shapes(count=20), shapes(count=40)
+    order = [list(map(np.asarray, map(few.load, range(20)))), list(map(np.asarray, map(many.load, reversed(range(20)))))[::-1]]
+    assert np.array_equal(*order)
+    assert len({image.tobytes() for image in order[0]}) == 20
+    assert not np.array_equal(np.asarray(few.load(0)), np.asarray(shapes("val").load(0)))
+    assert set(few.labels) == set(range(len(few.classes))) and few.name(17) == "shapes/train/17"
+
+
+def test_shapes_come_with_their_segmentation():
+    dataset = shapes(count=200, size=64)
+    for index in range(200):
+        mask, image = dataset.segmentation(index), np.asarray(dataset.load(index)).astype(float)
+        assert mask.shape == (64, 64) and mask.dtype == np.uint8
+        inside = mask == dataset.label(index) + 1
+        assert (inside | (mask == 0)).all() and 0.03 < inside.mean() < 0.7
+        grey = image @ (0.299, 0.587, 0.114)  # the shape is lighter or darker than what lies around it
+        assert abs(np.median(grey[inside]) - np.median(grey[~inside])) > 30, index
+
+
+def test_a_linear_model_on_pixels_fails_on_shapes():
+    def pixels(split, count):
+        dataset = shapes(split, count, size=48)
+        images = [torch.from_numpy(np.array(dataset.load(i))) for i in range(count)]
+        return torch.stack(images).flatten(1).float() / 255, torch.from_numpy(dataset.labels)
+
+    (x, y), (x_val, y_val) = pixels("train", 2000), pixels("val", 500)
+    x, x_val = x - x.mean(0), x_val - x.mean(0)
+    kernel, target = x @ x.T, torch.nn.functional.one_hot(y).float() - 0.1
+    accuracies = []
+    for ridge in (1.0, 100.0, 1000.0, 10000.0):
+        weights = x.T @ torch.linalg.solve(kernel + ridge * torch.eye(len(x)), target)
+        accuracies.append(float(((x_val @ weights).argmax(1) == y_val).float().mean()))
+    assert max(accuracies) < 0.4, accuracies
+
+
+# --- on the device -------------------------------------------------------------------------------------------------------
+
+
+def test_color_jitter_is_torchvisions_image_by_image():
+    torch.manual_seed(0)
+    images, factors = torch.randint(0, 256, (6, 3, 9, 7), dtype=torch.uint8), torch.rand(6, 3) * 1.6 + 0.2
+    ours = data.color_jitter(images, factors)
+    assert ours.dtype == torch.float32 and torch.equal(ours, data.color_jitter(data.to_unit(images), factors))
+    for image, (brightness, contrast, saturation), jittered in zip(images, factors.tolist(), ours):
+        expected = F.adjust_brightness(F.to_dtype(image, torch.float32, scale=True), brightness)
+        expected = F.adjust_saturation(F.adjust_contrast(expected, contrast), saturation)
+        assert torch.allclose(jittered, expected, atol=1e-5)
+    untouched = data.color_jitter(images, torch.ones(6, 3))
+    assert torch.allclose(untouched, data.to_unit(images), atol=1e-6)
+
+
+def test_normalize_is_torchvisions():
+    images = torch.rand(2, 3, 5, 5)
+    for mean, std in ((data.IMAGENET_MEAN, data.IMAGENET_STD), ([0.5] * 3, [0.25] * 3)):
+        assert torch.allclose(data.normalize(images, mean, std), F.normalize(images, list(mean), list(std)), atol=1e-6)
+
+
+def test_erase_boxes_fills_the_boxes_with_normal_noise_and_nothing_else():
+    torch.manual_seed(0)
+    images = torch.full((3, 3, 64, 64), 7.0)
+    boxes = torch.tensor([[2, 5, 40, 50], [0, 0, 0, 0], [60, 60, 4, 4]])
+    erased = data.erase_boxes(images, boxes)
+    changed = erased != 7
+    expected = torch.zeros(3, 64, 64, dtype=torch.bool)
+    expected[0, 2:42, 5:55], expected[2, 60:, 60:] = True, True
+    assert torch.equal(changed, expected[:, None].expand_as(changed))
+    noise = erased[0][:, 2:42, 5:55]
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    assert not torch.equal(noise[0], noise[1]), "a value per channel"

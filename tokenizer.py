@@ -1,0 +1,547 @@
+"""Stage 1, VQ-KD: teach a tokenizer to turn each image patch into one of K codes (paper section 2.2).
+
+    torchrun tokenizer.py configs/demo.yaml                                  # one process, CPU or GPU
+    torchrun --nproc-per-node 8 tokenizer.py configs/base.yaml               # eight GPUs of one machine
+    torchrun tokenizer.py configs/imagenette.yaml tokenizer.codebook_size=512
+
+    image -> encoder -> z, one vector per patch -> the nearest code of the codebook -> decoder -> teacher's features
+
+The decoder sees nothing but codes and must say what a frozen teacher sees in each patch. So the codes must keep what
+the teacher finds worth knowing: parts and meanings, where a pixel loss would have kept colours and edges.
+Writes OUTPUT_DIR/tokenizer/{last.pt, metrics.jsonl, config.yaml}.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+import engine
+from beitv2 import SIZES, ModelConfig, ModelError, VisionTransformer, init_weights, load_pretrained, read_checkpoint
+from engine import UserError
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass
+class TokenizerConfig(engine.TrainConfig):
+    """The `tokenizer` section. The image is cut into the same patches as the student's: `model.patch_size`."""
+
+    epochs: int = 100
+    batch_size: int = 512
+    lr: float = 2e-4  # the paper's 5e-5 per 128 images
+    min_lr: float = 1e-5
+    warmup_epochs: float = 10
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 1e-4
+    teacher: Literal["clip_vitb16", "dino_vits16", "dino_vitb16", "dinov2_vits14", "dinov2_vitb14",
+                     "dinov2_vits14_reg", "dinov2_vitb14_reg", "hog", "beitv2"] = "clip_vitb16"  # see open_teacher
+    teacher_weights: str = ""  # path of the teacher's weights; empty: its public URL. `beitv2` needs one of ours
+    size: Literal["tiny", "small", "base", "large"] = "base"  # of the encoder; the three below override it
+    embed_dim: int | None = None  # width of encoder and decoder
+    depth: int | None = None  # blocks of the encoder
+    num_heads: int | None = None
+    decoder_depth: int = 3  # blocks of the decoder: shallow, so that the codes must do the work
+    codebook_size: int = 8192  # K
+    codebook_dim: int = 32  # D: low, or most codes are never used (Table 6)
+    ema_decay: float = 0.99  # of the codebook's moving average; short runs want .95
+    commitment_beta: float = 1.0  # weight of the commitment loss
+    kmeans_init: bool = True  # start from k-means over the first batch's vectors
+    revive_below: float = 0.0  # a code whose running count of hits per batch falls below this starts anew; 0: never
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # area of the random crop over that of the image
+
+
+SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "tokenizer": TokenizerConfig}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Act 1. The teachers: frozen, and behind one small interface
+
+
+class Teacher(nn.Module):
+    """A frozen Vision Transformer: images in [0,1], [B, 3, S, S] -> patch features [B, N, output_dim].
+
+    The image is resized to the backbone's own input size, so that the teacher's patches cover what ours cover.
+    Features are those after the final norm (and after CLIP's projection into the space it shares with text).
+    """
+
+    def __init__(self, backbone: VisionTransformer, mean: tuple, std: tuple, output_dim: int | None = None):
+        super().__init__()
+        self.backbone, self.mean, self.std = backbone, mean, std
+        self.projection = nn.Linear(backbone.embed_dim, output_dim, bias=False) if output_dim else nn.Identity()
+        self.patch_size, self.output_dim = backbone.patch_size, output_dim or backbone.embed_dim
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        size = self.backbone.image_size
+        if images.shape[-1] != size:
+            images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        tokens = self.backbone(data.normalize(images, self.mean, self.std))
+        return self.projection(tokens[:, 1:])
+
+
+class HOG(nn.Module):
+    """Histograms of oriented gradients, the target of MaskFeat (arXiv 2112.09133): a teacher without training.
+
+    Each patch has 2 x 2 cells; each cell counts, for each colour channel, how much gradient points into each of 9
+    orientations between 0 and 180 degrees. Cells are scaled to unit length, so that contrast does not count, and
+    centred: else predicting the mean histogram everywhere earns half the cosine, and small tokenizers settle for it.
+    Images in [0,1], [B, 3, S, S] -> [B, N, 4 * 3 * 9].
+    """
+
+    orientations = 9
+
+    def __init__(self, patch_size: int):
+        super().__init__()
+        if patch_size % 2:
+            raise ModelError(f"the teacher 'hog' halves each patch, so model.patch_size must be even, not {patch_size}")
+        self.patch_size, self.output_dim = patch_size, 2 * 2 * 3 * self.orientations
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        B, C, S, _ = images.shape
+        cell, cells = self.patch_size // 2, 2 * S // self.patch_size
+        padded = F.pad(images.float(), (1, 1, 1, 1), mode="replicate")
+        dx = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]  # [B, C, S, S]
+        dy = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
+
+        # An orientation between two bins counts for both, in proportion.
+        angle = torch.atan2(dy, dx) / math.pi * self.orientations % self.orientations
+        lower, share = angle.floor().long() % self.orientations, angle - angle.floor()
+        upper, strength = (lower + 1) % self.orientations, torch.hypot(dx, dy)
+        votes = torch.zeros(B, C, self.orientations, S, S, device=images.device)
+        votes.scatter_(2, lower[:, :, None], (strength * (1 - share))[:, :, None])
+        votes.scatter_(2, upper[:, :, None], (strength * share)[:, :, None])
+
+        histograms = F.avg_pool2d(votes.flatten(1, 2), cell).unflatten(1, (C, -1))  # [B, C, 9, cells, cells]
+        histograms = histograms / (histograms.norm(dim=2, keepdim=True) + 0.01)  # .01: flat cells stay near zero
+        histograms = histograms - histograms.mean(dim=2, keepdim=True)
+        patches = F.pixel_unshuffle(histograms.flatten(1, 2), 2)  # [B, C*9*4, grid, grid]
+        return patches.flatten(2).transpose(1, 2)
+
+
+DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{0}/{0}{1}_pretrain.pth"
+# name: where its weights are published, the SHA-256 if known, and what `VisionTransformer` must be for it
+TEACHERS = {
+    "clip_vitb16": ("https://openaipublic.azureedge.net/clip/models/"
+                    "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+                    "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+                    dict(size="base", patch_size=16, output_dim=512)),
+    "dino_vits16": ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", "",
+                    dict(size="small", patch_size=16)),
+    "dino_vitb16": ("https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "",
+                    dict(size="base", patch_size=16)),
+    "dinov2_vits14": (DINOV2_URL.format("dinov2_vits14", ""), "", dict(size="small", patch_size=14)),
+    "dinov2_vitb14": (DINOV2_URL.format("dinov2_vitb14", ""), "", dict(size="base", patch_size=14)),
+    "dinov2_vits14_reg": (DINOV2_URL.format("dinov2_vits14", "_reg4"), "", dict(size="small", patch_size=14)),
+    "dinov2_vitb14_reg": (DINOV2_URL.format("dinov2_vitb14", "_reg4"), "", dict(size="base", patch_size=14)),
+}
+
+
+def rename_clip_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """OpenAI's CLIP image tower under our names. The text tower is left behind."""
+    state = {name.removeprefix("visual."): value.float() for name, value in state.items() if name.startswith("visual.")}
+    if "proj" not in state:
+        raise UserError("the CLIP weights hold no image tower ('visual.conv1.weight' and so on): use OpenAI's ViT-B-16.pt")
+    renamed = {"projection.weight": state.pop("proj").T, "backbone.cls_token": state.pop("class_embedding")[None, None],
+               "backbone.pos_embed": state.pop("positional_embedding")[None],
+               "backbone.patch_embed.proj.weight": state.pop("conv1.weight")}
+    renamed["backbone.patch_embed.proj.bias"] = torch.zeros(len(renamed["backbone.patch_embed.proj.weight"]))
+    for old, new in (("ln_pre", "norm_pre"), ("ln_post", "norm"), ("transformer.resblocks", "blocks"), ("ln_1", "norm1"),
+                     ("ln_2", "norm2"), ("in_proj_", "qkv."), ("out_proj", "proj"), ("c_fc", "fc1"), ("c_proj", "fc2")):
+        state = {name.replace(old, new): value for name, value in state.items()}
+    return renamed | split_qkv_bias({f"backbone.{name}": value for name, value in state.items()})
+
+
+def rename_dino_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DINO and DINOv2 under our names; DINOv2's mask token and its registers' missing positions need no more."""
+    renamed = {}
+    for name, value in state.items():
+        name = name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
+        if not name.startswith(("mask_token", "head.")):
+            renamed[f"backbone.{name}"] = value
+    return split_qkv_bias(renamed)
+
+
+def split_qkv_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Replace `qkv.bias` by `q_bias` and `v_bias`. The keys' share cancels in the softmax, so dropping it is exact."""
+    for name in [name for name in state if name.endswith("attn.qkv.bias")]:
+        bias, stem = state.pop(name), name.removesuffix("qkv.bias")
+        state[f"{stem}q_bias"], _, state[f"{stem}v_bias"] = bias.chunk(3)
+    return state
+
+
+def open_teacher(config, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The teacher that `tokenizer.teacher` names, its patch grid that of the tokenizer. Raises UserError."""
+    name, weights = config.tokenizer.teacher, config.tokenizer.teacher_weights
+    grid = config.data.image_size // config.model.patch_size
+    if name == "hog":
+        return HOG(config.model.patch_size)
+    if name == "beitv2":  # one of our own checkpoints, whose backbone the `model` section describes
+        if not weights:
+            raise UserError("the teacher 'beitv2' needs the path of a pre-trained checkpoint in tokenizer.teacher_weights")
+        backbone = VisionTransformer(rel_pos_bias="per_block" if config.model.rel_pos_bias else None,
+                                     **config.model.backbone(config.data.image_size))
+        engine.say(load_pretrained(backbone, engine.fetch(weights, "tokenizer.teacher_weights")))
+        return Teacher(backbone, data.IMAGENET_MEAN, data.IMAGENET_STD)
+
+    url, sha256, shape = TEACHERS[name]
+    path = engine.fetch(weights or url, "tokenizer.teacher_weights", sha256)
+    if name == "clip_vitb16":
+        state = rename_clip_keys(read_clip(path, sha256))
+    else:
+        content = read_checkpoint(path)
+        state = rename_dino_keys(content.get("teacher", content))
+    teacher = build_teacher(name, grid, shape)
+    engine.say(load_pretrained(teacher, state, source=str(path)))
+    return teacher
+
+
+def build_teacher(name: str, grid: int, shape: dict) -> Teacher:
+    """An untrained teacher: `shape` is its size (a name of SIZES, or width, depth, heads), patch size, projection."""
+    size, patch_size = shape["size"], shape["patch_size"]
+    width, depth, heads = SIZES[size] if isinstance(size, str) else size
+    options = dict(image_size=grid * patch_size, patch_size=patch_size, embed_dim=width, depth=depth, num_heads=heads,
+                   abs_pos_embed=True)
+    if name.startswith("clip"):
+        backbone = VisionTransformer(pre_norm=True, quick_gelu=True, norm_eps=1e-5, **options)
+        return Teacher(backbone, CLIP_MEAN, CLIP_STD, shape["output_dim"])
+    if name.startswith("dinov2"):
+        options |= dict(layer_scale=1.0, num_registers=4 if name.endswith("_reg") else 0)
+    return Teacher(VisionTransformer(**options), data.IMAGENET_MEAN, data.IMAGENET_STD)
+
+
+def read_clip(path: Path, sha256: str) -> dict[str, Tensor]:
+    """CLIP's weights from a plain state dict, or from OpenAI's archive.
+
+    That archive is TorchScript, which is code. It is opened only if it is, by its SHA-256, the file OpenAI published.
+    """
+    try:
+        return read_checkpoint(path)
+    except ModelError:
+        if engine.file_sha256(path) != sha256:
+            raise UserError(f"'{path}' is neither a plain state dict nor OpenAI's ViT-B-16.pt (SHA-256 {sha256[:12]}...): "
+                            f"download it again, or set tokenizer.teacher_weights to another file") from None
+    return torch.jit.load(path, map_location="cpu").state_dict()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Act 2. The quantizer: the nearest of K codes, and how the codes follow
+
+
+class Quantizer(nn.Module):
+    """A codebook on the unit sphere, moved by averaging instead of by gradients (section 2.2, equations 1 and 2).
+
+    Always in float32: in half precision, neighbouring codes fall together.
+
+    embedding.weight    [K, D], the codes, of unit length
+    running_count       [K], an average of hits per optimizer step, by which dead codes are found
+    """
+
+    def __init__(self, codebook_size: int, codebook_dim: int, ema_decay: float = 0.99, commitment_beta: float = 1.0,
+                 revive_below: float = 0.0):
+        super().__init__()
+        self.ema_decay, self.commitment_beta, self.revive_below = ema_decay, commitment_beta, revive_below
+        self.embedding = nn.Embedding(codebook_size, codebook_dim)
+        self.embedding.weight = nn.Parameter(F.normalize(torch.randn(codebook_size, codebook_dim), dim=1), False)
+        self.register_buffer("running_count", torch.ones(codebook_size))
+        self.register_buffer("counts", torch.zeros(codebook_size), persistent=False)  # hits since the last update
+        self.register_buffer("sums", torch.zeros(codebook_size, codebook_dim), persistent=False)  # and what hit
+        self.seen: list[Tensor] = []  # vectors since the last update, candidates for the places of dead codes
+
+    @torch.compiler.disable  # its bookkeeping is no graph
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Replace each vector by its nearest code.
+
+        z        [B, N, D], any length
+        returns  codes [B, N, D] that pass their gradient straight through to z; ids int64 [B, N]; commitment loss
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            z = F.normalize(z.float(), dim=-1)
+            ids = nearest_code(z.detach().flatten(0, 1), self.embedding.weight).view(z.shape[:2])  # equation 1
+            codes = self.embedding(ids)
+            if self.training:
+                self.count(z.detach().flatten(0, 1), ids.flatten())
+            commitment_loss = self.commitment_beta * F.mse_loss(z, codes)  # a mean over all elements, as published
+            codes = z + (codes - z).detach()
+            return codes, ids, commitment_loss
+
+    @torch.no_grad()
+    def count(self, z: Tensor, ids: Tensor) -> None:
+        """Add up what hit each code: K sums instead of the published code's N x K one-hot matrix."""
+        self.counts.index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
+        self.sums.index_add_(0, ids, z)
+        if self.revive_below:
+            self.seen.append(z)
+
+    @torch.no_grad()
+    def update(self, seed: int) -> Tensor:
+        """Once per optimizer step, on all ranks together: move each code towards the mean of what hit it.
+
+        w <- normalize(decay * w + (1 - decay) * normalize(mean)); codes without a hit stay where they are.
+        Then codes whose running count fell below `revive_below` are put on random vectors of this batch; `seed`
+        makes all ranks choose alike. Returns the hits of each code in this step, [K].
+        """
+        counts, sums = engine.all_reduce_sum(self.counts), engine.all_reduce_sum(self.sums)
+        weight, hit = self.embedding.weight, (counts > 0)[:, None]
+        means = F.normalize(sums / counts.clamp(min=1)[:, None], dim=1)
+        moved = F.normalize(self.ema_decay * weight + (1 - self.ema_decay) * means, dim=1)
+        weight.copy_(torch.where(hit, moved, weight))
+        self.running_count.lerp_(counts, 1 - self.ema_decay)
+
+        if self.revive_below:
+            # The i-th dead code takes the i-th of the shuffled candidates. No size here depends on how many are dead,
+            # so the host need not wait for the device to count them.
+            candidates = engine.gather_in_order(torch.cat(self.seen))
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(len(candidates), generator=generator)[:len(weight)].to(weight.device)
+            dead = self.running_count < self.revive_below
+            place = (dead.cumsum(0) - 1).clamp(min=0) % len(order)
+            weight.copy_(torch.where(dead[:, None], candidates[order][place], weight))
+            self.running_count.masked_fill_(dead, 1.0)
+            self.seen.clear()
+        hits = counts.clone()
+        self.counts.zero_()
+        self.sums.zero_()
+        return hits
+
+    @torch.no_grad()
+    def init_from(self, z: Tensor, seed: int, iterations: int = 10) -> None:
+        """k-means on the sphere over the vectors z [n, D], in the same global order on every rank."""
+        z, weight = F.normalize(z.float(), dim=1), self.embedding.weight
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(z), generator=generator).to(z.device)
+        weight.copy_(z[order[torch.arange(len(weight), device=z.device) % len(z)]])
+        for _ in range(iterations):
+            ids = nearest_code(z, weight)
+            counts = torch.zeros(len(weight), device=z.device).index_add_(0, ids, torch.ones(len(z), device=z.device))
+            sums = torch.zeros_like(weight).index_add_(0, ids, z)
+            weight.copy_(torch.where(counts[:, None] > 0, F.normalize(sums, dim=1), weight))
+        if engine.world_size() > 1:
+            torch.distributed.broadcast(weight, 0)  # the same to the last bit
+
+
+def nearest_code(z: Tensor, codebook: Tensor, chunk: int = 16384) -> Tensor:
+    """Index of the code nearest to each row of z [n, D]: int64 [n]. In chunks, so that n x K need not fit in memory."""
+    offset = codebook.square().sum(dim=1)  # |z - w|^2 = |z|^2 - 2 z.w + |w|^2, and |z|^2 does not matter
+    return torch.cat([torch.addmm(offset, part, codebook.T, alpha=-2).argmin(dim=1) for part in z.split(chunk)])
+
+
+class CodeUsage:
+    """Counts hits of each code over an epoch."""
+
+    def __init__(self, codebook_size: int, device: torch.device):
+        self.counts = torch.zeros(codebook_size, dtype=torch.float64, device=device)
+
+    def add(self, hits: Tensor) -> None:
+        self.counts += hits
+
+    def figures(self) -> dict[str, float]:
+        """usage: share in [0, 1] of the codes that were hit at all; perplexity: of 1 to K codes, how many are in use.
+
+        Perplexity is what to watch: a few hits keep a code "used", though nearly everything goes to a handful.
+        """
+        return {"usage": (self.counts > 0).double().mean().item(), "perplexity": perplexity(self.counts).item()}
+
+    def state_dict(self) -> dict:
+        return {"counts": self.counts}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.counts.copy_(state["counts"])
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """exp(entropy) of the distribution that the counts [K] describe: K if all are equal, 1 if one has everything."""
+    p = counts / counts.sum().clamp(min=1)
+    return torch.special.entr(p).sum().exp()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Act 3. The model
+
+
+class PatchTransformer(VisionTransformer):
+    """VQ-KD's encoder and decoder: a transformer that returns normed patch tokens [B, N, D] and keeps no [CLS]."""
+
+    def __init__(self, **options):
+        super().__init__(abs_pos_embed=True, final_norm=False, **options)
+        self.fc_norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc_norm(self.features(images)[:, 1:])
+
+
+class VQKD(nn.Module):
+    """Vector-quantized knowledge distillation (section 2.2, Figure 2).
+
+    encoder, decoder    dict(embed_dim, depth, num_heads) of each
+    teacher_dim         width of the teacher's patch features
+    """
+
+    may_be_fresh = ("quantize.running_count",)  # published checkpoints have none
+
+    def __init__(self, image_size: int, patch_size: int, encoder: dict, decoder: dict, codebook_size: int,
+                 codebook_dim: int, teacher_dim: int, ema_decay: float = 0.99, commitment_beta: float = 1.0,
+                 revive_below: float = 0.0):
+        super().__init__()
+        self.encoder = PatchTransformer(image_size=image_size, patch_size=patch_size, **encoder)
+        # The decoder's "image" is the grid of codes, each a patch of one "pixel" with D channels.
+        self.grid = self.encoder.grid
+        self.decoder = PatchTransformer(image_size=self.grid, patch_size=1, in_channels=codebook_dim, **decoder)
+        width, decoder_width = encoder["embed_dim"], decoder["embed_dim"]
+        self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, codebook_dim))
+        self.decode_task_layer = nn.Sequential(nn.Linear(decoder_width, decoder_width), nn.Tanh(),
+                                               nn.Linear(decoder_width, teacher_dim))
+        init_weights(self.encode_task_layer, truncate_at=2.0)
+        init_weights(self.decode_task_layer, truncate_at=2.0)
+        self.quantize = Quantizer(codebook_size, codebook_dim, ema_decay, commitment_beta, revive_below)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images in [0,1], [B, 3, S, S] -> z, one vector per patch before quantization, float32 [B, N, D]."""
+        features = self.encoder(images * 2 - 1)  # the tokenizer sees [-1, 1]
+        with torch.autocast(images.device.type, enabled=False):
+            return self.encode_task_layer(features.float())
+
+    @torch.no_grad()
+    def token_ids(self, images: Tensor) -> Tensor:
+        """Images in [0,1], [B, 3, S, S] -> the code of each patch, row by row, int64 [B, N]: what stage 2 predicts."""
+        return self.quantize(self.encode(images))[1]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [B, N, D] -> predicted teacher features [B, N, teacher_dim]."""
+        grid = codes.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # [B, D, grid, grid]
+        return self.decode_task_layer(self.decoder(grid))
+
+    def forward(self, images: Tensor, teacher_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images in [0,1] and the teacher's features [B, N, teacher_dim] -> two losses to add, and ids [B, N].
+
+        cosine loss      mean of 1 - cos(prediction, teacher) over all patches, 0 to 2 (equation 3, first term)
+        commitment loss  pulls z towards its code; the gradient never moves the codes (equation 3, last term)
+        """
+        codes, ids, commitment_loss = self.quantize(self.encode(images))
+        prediction = self.decode(codes)
+        cosine_loss = 1 - F.cosine_similarity(prediction.float(), teacher_features.float(), dim=-1).mean()
+        return cosine_loss, commitment_loss, ids
+
+
+def build_vqkd(config, teacher_dim: int) -> VQKD:
+    """The VQ-KD that the `tokenizer` section describes, for images of data.image_size."""
+    c = config.tokenizer
+    width, depth, heads = SIZES[c.size]
+    encoder = dict(embed_dim=c.embed_dim or width, depth=c.depth or depth, num_heads=c.num_heads or heads)
+    return VQKD(config.data.image_size, config.model.patch_size, encoder, encoder | dict(depth=c.decoder_depth),
+                c.codebook_size, c.codebook_dim, teacher_dim, c.ema_decay, c.commitment_beta, c.revive_below)
+
+
+def teacher_dim(config) -> int:
+    """Width of the features of the teacher that `tokenizer.teacher` names, without opening its weights."""
+    name = config.tokenizer.teacher
+    if name == "hog":
+        return HOG(config.model.patch_size).output_dim
+    if name == "beitv2":
+        return config.model.backbone(config.data.image_size)["embed_dim"]
+    shape = TEACHERS[name][2]
+    return shape.get("output_dim", SIZES[shape["size"]][0])
+
+
+def load_tokenizer(config, weights: str, key: str) -> VQKD:
+    """A trained tokenizer, frozen: from `weights` (path or URL), or from this experiment's own stage 1."""
+    model = build_vqkd(config, teacher_dim(config))
+    engine.say(load_pretrained(model, engine.stage_checkpoint(config, "tokenizer", weights, key)))
+    return model.requires_grad_(False).eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Act 4. Training
+
+
+def main() -> None:
+    config = engine.load_config(SECTIONS)
+    cfg = config.tokenizer
+    run = engine.Run("tokenizer", config, cfg)
+
+    train_set, val_set = data.open_datasets(config.data)
+    view = data.TrainView(train_set, config.seed, config.data.image_size, crop_scale=cfg.crop_scale)
+    loader = data.TrainLoader(view, run.device_batch, config.seed, engine.rank(), engine.world_size(), config.data.workers)
+    val_loader = data.val_loader(val_set, config.data.image_size, run.device_batch, engine.rank(), engine.world_size(),
+                                 config.data.workers)
+
+    teacher = open_teacher(config).to(run.device)
+    model = build_vqkd(config, teacher.output_dim).to(run.device)
+    parallel = run.prepare(model)
+    optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay), cfg)
+    usage = CodeUsage(cfg.codebook_size, run.device)
+    run.begin(loader, read_checkpoint, model=model, optimizer=optimizer, usage=usage)
+    lr = engine.cosine_schedule(cfg.lr, cfg.min_lr, cfg.epochs, run.steps_per_epoch, cfg.warmup_epochs)
+
+    if cfg.kmeans_init and run.step == 0:
+        init_codebook(run, model)
+
+    for epoch in run.epochs():
+        parallel.train()
+        for micro_batches in run.steps(epoch):
+            engine.set_lr(optimizer, lr[run.step])
+            for batch in micro_batches:
+                images = data.to_unit(batch["image"])  # [B, 3, S, S] in [0,1]
+                with run.autocast():
+                    features = teacher(images)
+                    cosine_loss, commitment_loss, _ = parallel(images, features)
+                    loss = cosine_loss + commitment_loss
+                run.backward(loss)
+                run.record(loss=loss, cosine_loss=cosine_loss, commitment_loss=commitment_loss)
+            run.optimizer_step(optimizer)
+            hits = model.quantize.update(seed=config.seed + run.step)
+            usage.add(hits)
+            run.record(batch_perplexity=perplexity(hits))
+
+        train_usage = usage.figures()
+        usage.counts.zero_()
+        run.end_epoch(epoch, train=train_usage, val=evaluate(run, model, teacher, val_loader))
+        check_collapse(train_usage["perplexity"], epoch, config)
+    run.finish()
+
+
+def init_codebook(run: engine.Run, model: VQKD) -> None:
+    """Begin with k-means over the vectors of the first optimizer step's images, gathered from all ranks."""
+    batches = run.loader.epoch(0)
+    with torch.no_grad(), run.autocast():
+        z = torch.cat([model.encode(data.to_unit(batch["image"])).flatten(0, 1) for batch in run.micro_batches(batches)])
+    # Images are dealt out to ranks one by one, so whole images are what goes back into global order.
+    images = engine.gather_in_order(z.unflatten(0, (-1, model.encoder.num_patches)))
+    model.quantize.init_from(images.flatten(0, 1), seed=run.config.seed)
+
+
+@torch.no_grad()
+def evaluate(run: engine.Run, model: VQKD, teacher: nn.Module, loader) -> dict[str, float]:
+    """Cosine loss, usage and perplexity over the validation images, each counted once."""
+    model.eval()
+    usage = CodeUsage(model.quantize.embedding.num_embeddings, run.device)
+    total = torch.zeros(2, dtype=torch.float64, device=run.device)  # sum of losses, number of images
+    for batch in loader:
+        images = data.to_unit(batch["image"].to(run.device, non_blocking=True))
+        with run.autocast():
+            cosine_loss, _, ids = model(images, teacher(images))
+        total += torch.stack([cosine_loss.double() * len(images), torch.tensor(float(len(images)), device=run.device)])
+        usage.add(ids.flatten().bincount(minlength=len(usage.counts)))
+    engine.all_reduce_sum(total)
+    engine.all_reduce_sum(usage.counts)
+    return {"cosine_loss": (total[0] / total[1]).item(), **usage.figures()}
+
+
+def check_collapse(train_perplexity: float, epoch: int, config) -> None:
+    """End a run whose codes have fallen together: whatever it would learn from here on is worth nothing."""
+    cfg = config.tokenizer
+    if epoch + 1 >= cfg.warmup_epochs and train_perplexity < max(2, 0.02 * cfg.codebook_size):
+        raise UserError(f"the codebook has collapsed: of {cfg.codebook_size} codes about {train_perplexity:.0f} are in use "
+                        f"after epoch {epoch + 1}. Start anew in another output_dir with tokenizer.revive_below=0.1, "
+                        f"tokenizer.ema_decay=0.95, a lower tokenizer.lr or a longer tokenizer.warmup_epochs")
+
+
+if __name__ == "__main__":
+    engine.launch(main, ModelError)
