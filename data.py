@@ -276,7 +276,8 @@ class Shapes:
     def texture(self, rng) -> np.ndarray:
         """An offset to a colour, plain, a gradient, stripes or dots: [1 or H, 1 or W, 3], within +-0.12."""
         kind = rng.choice(["plain", "gradient", "stripes", "dots"], p=[0.35, 0.35, 0.15, 0.15])
-        tint, angle, waves, phase = rng.uniform(-0.12, 0.12, 3), *rng.uniform(0, 2 * np.pi, 1), rng.uniform(3, 7), rng.uniform(0, 6)
+        tint, angle = rng.uniform(-0.12, 0.12, 3), rng.uniform(0, 2 * np.pi)
+        waves, phase = rng.uniform(3, 7), rng.uniform(0, 6)
         y, x = np.mgrid[0:self.size, 0:self.size] / self.size - 0.5  # unit square: same at any size
         along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
         wave = lambda t: np.sin(2 * np.pi * waves * t + phase)
@@ -470,7 +471,8 @@ def loader_options(workers: int) -> dict:
 
 
 def start_worker(_: int):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which saves and then ends its workers
+    for number in (signal.SIGINT, signal.SIGTERM):  # these are for the parent, which saves and then ends its workers
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
@@ -514,7 +516,7 @@ class ValLoader:
     """Batches of the images rank, rank + world_size, ... No padding: a rank may have one image fewer."""
 
     def __init__(self, dataset, image_size: int, batch_size: int, rank=0, world_size=1, workers=0, indices=None):
-        mine = (indices or range(len(dataset)))[rank::world_size]
+        mine = (range(len(dataset)) if indices is None else indices)[rank::world_size]
         self.loader = DataLoader(ValView(dataset, image_size), batch_size, sampler=mine, **loader_options(workers))
 
     def __len__(self) -> int:

@@ -474,7 +474,7 @@ class Run:
         self.window: dict[str, list] = {}  # values of each metric since the last line of metrics.jsonl
         self.totals: dict[str, list] = {}  # [sum, count] of each metric in this epoch
         self.best = -math.inf  # highest score of an epoch so far
-        self.stop_signal: int | None = None
+        self.stop_signal: int | None = None  # SIGINT or SIGTERM, once this rank has received one
 
     def prepare_folder(self) -> None:
         try:
@@ -510,6 +510,8 @@ class Run:
         self.total_steps = self.train.epochs * self.steps_per_epoch
         if self.checkpoint_file.is_file():
             self.resume(read_checkpoint(self.checkpoint_file))
+        if self.step >= self.total_steps:
+            say(f"{self.stage}: finished already; its figures are in {self.folder / 'metrics.jsonl'}")
         if rank() == 0:
             (self.folder / "config.yaml").write_text(yaml.safe_dump(as_dict(self.config), sort_keys=False))
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -518,8 +520,12 @@ class Run:
         self.waited = 0.0  # seconds spent waiting for data in this window
 
     def resume(self, state: dict) -> None:
-        differences = [f"{key} was {old!r} and is {new!r}" for key, old, new in
-                       changed_keys(state["config"], as_dict(self.config)) if key.split(".")[-1] not in FREE_TO_CHANGE]
+        # How the tokenizer was trained is the business of its own stage: its shape is checked when it is loaded.
+        others = () if self.stage == "tokenizer" else ("tokenizer",)
+        before, now = ({key: value for key, value in values.items() if key not in others}
+                       for values in (state["config"], as_dict(self.config)))
+        differences = [f"{key} was {old!r} and is {new!r}" for key, old, new in changed_keys(before, now)
+                       if key.split(".")[-1] not in FREE_TO_CHANGE]
         if differences:
             raise UserError(f"'{self.checkpoint_file}' was made with another configuration ({'; '.join(differences)}): "
                             f"go back to it to continue, or start anew with another output_dir")
@@ -529,7 +535,8 @@ class Run:
         self.step, self.window, self.totals, self.best = (state[key] for key in ("step", "window", "totals", "best"))
         if rank() == 0:
             keep_lines(self.folder / "metrics.jsonl", self.step)
-        say(f"{self.stage}: going on from step {self.step} of {self.total_steps}")
+        if self.step < self.total_steps:
+            say(f"{self.stage}: going on from step {self.step} of {self.total_steps}")
 
     def save(self) -> None:
         """Write last.pt on rank 0, atomically: whatever happens, the previous one stays whole until then."""
@@ -570,12 +577,14 @@ class Run:
             self.step += 1
             self.bar.update()
             end_of_epoch = self.step % self.steps_per_epoch == 0
-            if self.step % self.train.log_every == 0 or end_of_epoch:
+            log = self.step % self.train.log_every == 0 or end_of_epoch
+            if log:
                 self.flush(epoch)
-                if self.step - self.saved_step >= self.train.save_every and not end_of_epoch:
-                    self.save()
-            # Ranks must stop at the same step: they agree in `flush`. After an epoch's last step, `end_epoch` stops.
-            if self.stop_signal is not None and not end_of_epoch and (world_size() == 1 or not self.window):
+            if end_of_epoch:  # `end_epoch` saves, and stops if need be
+                break
+            if log and self.step - self.saved_step >= self.train.save_every:
+                self.save()
+            if (log or world_size() == 1) and self.asked_to_stop():  # asking the other ranks in each step would cost
                 self.stop()
         self.bar.close()
 
@@ -604,6 +613,10 @@ class Run:
         optimizer.zero_grad(set_to_none=True)
         self.record(lr=max(group["lr"] for group in optimizer.param_groups), grad_norm=norm)
 
+    def asked_to_stop(self) -> bool:
+        """Whether any rank was asked to stop. They must all stop at the same step, so they must all ask."""
+        return all_reduce_sum(torch.tensor([float(self.stop_signal is not None)], device=self.device)).item() > 0
+
     def stop(self) -> typing.NoReturn:
         self.save()
         raise Interrupted(f"{self.stage} is saved at step {self.step} of {self.total_steps} in "
@@ -623,11 +636,8 @@ class Run:
         values = [torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in self.window[name]])
                   for name in names]
         per_step = [len(v) for v in values]
-        stop = torch.tensor([float(self.stop_signal is not None)], device=self.device)
-        packed = all_reduce_sum(torch.cat([*values, stop])).cpu()
-        if packed[-1] > 0 and self.stop_signal is None:
-            self.stop_signal = signal.SIGTERM  # another rank was asked to stop
-        values = dict(zip(names, (packed[:-1] / world_size()).split(per_step)))
+        means = all_reduce_sum(torch.cat(values)).cpu() / world_size()
+        values = dict(zip(names, means.split(per_step)))
 
         if "loss" in values and not values["loss"].isfinite().all():
             bad = int((~values["loss"].isfinite()).nonzero()[0]) // self.accumulation
@@ -664,7 +674,7 @@ class Run:
         say(f"{self.stage} epoch {epoch + 1}/{self.train.epochs}: {', '.join(figures)}")
         self.totals = {}
         self.save()
-        if self.stop_signal is not None and self.step < self.total_steps:
+        if self.step < self.total_steps and self.asked_to_stop():
             self.stop()
         self.window_start = time.perf_counter()  # validation does not count as training time
 

@@ -56,6 +56,7 @@ def main() -> None:
     cfg, size = config.pretrain, config.data.image_size
     run = engine.Run("pretrain", config, cfg)
 
+    train_set, val_set = data.open_datasets(config.data)
     tokenizer = vqkd.load_tokenizer(config, cfg.tokenizer_weights, "pretrain.tokenizer_weights").to(run.device)
     backbone = config.model.backbone(size) | dict(rel_pos_bias="shared" if config.model.rel_pos_bias else None)
     model = MaskedImageModel(config.tokenizer.codebook_size, cfg.early_layers, cfg.head_layers, cfg.shared_lm_head,
@@ -63,7 +64,6 @@ def main() -> None:
     parallel = run.prepare(model)
     optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay), cfg)
 
-    train_set, val_set = data.open_datasets(config.data)
     view = data.TrainView(train_set, config.seed, size, cfg.crop_scale, cfg.jitter, cfg.num_masked, model.grid, cfg.min_block)
     loader = data.TrainLoader(view, run.device_batch, config.seed, engine.rank(), engine.world_size(), config.data.workers)
     run.begin(loader, read_checkpoint, model=model, optimizer=optimizer)

@@ -1,0 +1,715 @@
+"""engine.py: configuration, several processes, precision, schedules, and a run that stops, fails, resumes and saves."""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import engine  # noqa: E402
+from beitv2 import read_checkpoint  # noqa: E402
+from engine import UserError  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A run installs its own; pytest wants its own back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+# --- configuration -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Options:
+    rate: float = 0.5
+    count: int = 3
+    flag: bool = False
+    name: str = "x"
+    maybe: int | None = None
+    pair: tuple[float, float] = (0.9, 0.999)
+    kind: Literal["auto", "true", "false", "cuda"] = "auto"
+
+
+def load(tmp_path, text: str, *overrides: str):
+    (tmp_path / "c.yaml").write_text(text)
+    return engine.load_config({"data": Options}, [str(tmp_path / "c.yaml"), *overrides])
+
+
+@pytest.mark.parametrize("text, field, value", [
+    ("rate: 5e-4", "rate", 5e-4), ("rate: 2", "rate", 2.0), ("rate: '1.5'", "rate", 1.5), ("count: 4", "count", 4),
+    ("flag: yes", "flag", True), ("name: '7'", "name", "7"), ("maybe: null", "maybe", None), ("maybe: 4", "maybe", 4),
+    ("pair: [0.9, 1e-1]", "pair", (0.9, 0.1)), ("kind: cuda", "kind", "cuda"), ("kind: true", "kind", "true"),
+])
+def test_values_of_the_right_type(tmp_path, text, field, value):
+    found = getattr(load(tmp_path, f"data: {{{text}}}").data, field)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("rate: true", "a number, not True"), ("rate: fast", "a number, not 'fast'"), ("rate: [1]", "a number"),
+    ("rate: null", "a number, not None"),
+    ("count: 1.5", "a whole number, not 1.5"), ("count: true", "a whole number"), ("count: 1e3", "a whole number"),
+    ("flag: 1", "true or false, not 1"), ("flag: 'yes'", "true or false"), ("name: 7", "text, not 7"),
+    ("maybe: x", "a whole number"), ("pair: [0.9]", "a list of 2 values"), ("pair: 0.9", "a list of 2 values"),
+    ("pair: [0.9, true]", "a number"), ("kind: cud", "one of auto, true, false, cuda"), ("kind: [auto]", "one of auto"),
+])
+def test_values_of_a_wrong_type(tmp_path, text, words):
+    key = f"data.{text.split(':')[0]}"
+    with pytest.raises(UserError) as error:
+        load(tmp_path, f"data: {{{text}}}")
+    assert f"'{key}'" in str(error.value) and "c.yaml" in str(error.value) and words in str(error.value)
+
+
+@pytest.mark.parametrize("text, overrides, key, nearest", [
+    ("data: {ratr: 1}", [], "data.ratr", "data.rate"), ("dta: {rate: 1}", [], "dta", "data"), ("sed: 1", [], "sed", "seed"),
+    ("", ["data.cuont=1"], "data.cuont", "data.count"), ("", ["devise=cpu"], "devise", "device"),
+    ("data: {zzz: 1}", [], "data.zzz", "data."), ("on: 1", [], "True", ""),
+])
+def test_an_unknown_key_is_told_with_the_nearest(tmp_path, text, overrides, key, nearest):
+    with pytest.raises(UserError, match=f"unknown key '{key}'.* nearest valid key is '{nearest}") as error:
+        load(tmp_path, text, *overrides)
+    assert ("the command line" if overrides else "c.yaml") in str(error.value)
+
+
+def test_the_command_line_wins_and_sections_of_others_are_left_alone(tmp_path):
+    config = load(tmp_path, "seed: 3\ndata: {rate: 1, count: 5}\nsegment: {anything: 1}", "data.rate=2e-3", "seed=4",
+                  "data.pair=[0.5, 0.6]", "data.name=a=b", "pretrain.whatever=1")
+    assert (config.seed, config.data.rate, config.data.count, config.data.name) == (4, 2e-3, 5, "a=b")
+    assert config.data.pair == (0.5, 0.6) and config.device == "auto" and not hasattr(config, "segment")
+
+
+def test_an_empty_config_and_an_empty_section_have_the_defaults(tmp_path):
+    assert load(tmp_path, "").data == load(tmp_path, "data:").data == Options()
+    assert load(tmp_path, "data:  # all defaults", "data.count=7").data.count == 7
+
+
+@pytest.mark.parametrize("text, overrides, words", [
+    ("data: 5", [], "'data'.*section"), ("data: [rate]", [], "'data'.*section"), ("data: 5", ["data.rate=1"], "'data'"),
+    ("- a", [], "list"), ("hello", [], "str"), ("data: {rate: [", [], "not valid YAML"), ("data: \trate", [], "not valid YAML"),
+    ("", ["data.rate"], "'data.rate' on the command line"), ("", ["data.rate=["], "no valid value"), ("", ["data=5"], "'data'"),
+])
+def test_a_malformed_config(tmp_path, text, overrides, words):
+    with pytest.raises(UserError, match=words):
+        load(tmp_path, text, *overrides)
+
+
+def test_a_config_that_is_not_there(tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    for arguments in ([], ["data.rate=1"], ["--help"], [str(tmp_path / "none.yaml")], [str(tmp_path)], [str(tmp_path / "binary.yaml")]):
+        with pytest.raises(UserError, match="config"):
+            engine.load_config({"data": Options}, arguments)
+
+
+def test_as_dict_is_plain(tmp_path):
+    values = engine.as_dict(load(tmp_path, "data: {count: 5}"))
+    assert values["data"]["count"] == 5 and values["data"]["pair"] == [0.9, 0.999] and "file" not in values
+    assert json.loads(json.dumps(values)) == values
+
+
+# --- errors that a person can mend -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error, status, words", [
+    (UserError("first\n  second"), 1, "error: first second"), (KeyError("expected"), 1, "error: 'expected'"),
+    (OSError(errno.ENOSPC, "No space left on device", "m.jsonl"), 1, "cannot write 'm.jsonl' (No space left on device)"),
+    (torch.OutOfMemoryError("CUDA"), 1, "device_batch_size"), (KeyboardInterrupt(), 130, "stopped: interrupted"),
+    (engine.Interrupted("saved at step 3"), 130, "stopped: saved at step 3"),
+])
+def test_launch_says_one_sentence(error, status, words, monkeypatch, capsys):
+    def leave(status):
+        raise SystemExit(status)
+
+    def main():
+        raise error
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as left:
+        engine.launch(main, KeyError)
+    out = capsys.readouterr().err
+    assert left.value.code == status and words in out and out.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EIO, "I/O error")])
+def test_launch_lets_bugs_through(error):
+    with pytest.raises(type(error)):
+        engine.launch(lambda: (_ for _ in ()).throw(error))
+
+
+# --- files from elsewhere ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """torch.hub's cache, in a folder of this test's own."""
+    before = torch.hub.get_dir()
+    torch.hub.set_dir(str(tmp_path / "hub"))
+    yield tmp_path
+    torch.hub.set_dir(before)
+
+
+def published(folder: Path, content: bytes) -> tuple[str, str]:
+    """A file with a URL that works without a network, and its SHA-256."""
+    folder.mkdir(exist_ok=True)
+    (folder / "w.pth").write_bytes(content)
+    return (folder / "w.pth").as_uri(), hashlib.sha256(content).hexdigest()
+
+
+def test_fetch_downloads_once_and_checks(hub):
+    url, sha256 = published(hub / "there", b"weights")
+    path = engine.fetch(url, "a.weights", sha256)
+    assert path.read_bytes() == b"weights"
+    (hub / "there" / "w.pth").unlink()
+    assert engine.fetch(url, "a.weights", sha256) == path  # without the network now
+    assert engine.fetch(str(path), "a.weights") == path  # a local path serves as well
+
+
+def test_fetch_refuses_a_file_with_another_sum(hub):
+    url, _ = published(hub / "there", b"weights")
+    with pytest.raises(UserError, match="a.weights=PATH"):
+        engine.fetch(url, "a.weights", "0" * 64)
+    assert not list((hub / "hub").rglob("w.pth"))
+
+
+def test_fetch_checks_a_file_that_is_already_there(hub):
+    url, sha256 = published(hub / "there", b"weights")
+    engine.fetch(url, "a.weights", sha256).write_bytes(b"spoiled")
+    try:
+        assert engine.fetch(url, "a.weights", sha256).read_bytes() == b"weights"  # downloaded again, or ...
+    except UserError:
+        pass  # ... refused
+
+
+def test_fetch_does_not_confuse_two_files_of_one_name(hub):
+    first, second = published(hub / "one", b"1")[0], published(hub / "two", b"2")[0]
+    assert engine.fetch(first, "k").read_bytes() == b"1" and engine.fetch(second, "k").read_bytes() == b"2"
+
+
+def test_fetch_and_stage_checkpoint_say_what_is_missing(hub):
+    with pytest.raises(UserError, match="a.weights.*none.pth"):
+        engine.fetch(str(hub / "none.pth"), "a.weights")
+    with pytest.raises(UserError, match="a.weights=PATH"):
+        engine.fetch((hub / "none.pth").as_uri(), "a.weights")
+
+    config = load(hub, f"output_dir: {hub}/run")
+    with pytest.raises(UserError, match=r"torchrun tokenizer.py .*c.yaml.*, or set p\.t="):
+        engine.stage_checkpoint(config, "tokenizer", "", "p.t")
+    (hub / "run" / "tokenizer").mkdir(parents=True)
+    (hub / "run" / "tokenizer" / "last.pt").touch()
+    assert engine.stage_checkpoint(config, "tokenizer", "", "p.t") == hub / "run" / "tokenizer" / "last.pt"
+    assert engine.stage_checkpoint(config, "tokenizer", str(hub / "c.yaml"), "p.t") == hub / "c.yaml"
+
+
+# --- precision ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device, has_bf16, name", [("cpu", True, "bf16"), ("cpu", False, "fp32"), ("cuda", True, "bf16"), ("cuda", False, "fp16")])
+@pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler|.*CUDA is not available")
+def test_precision_auto(device, has_bf16, name, monkeypatch):
+    monkeypatch.setattr(engine, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation)
+    assert engine.Precision("auto", torch.device(device)).name == name
+
+
+@pytest.mark.parametrize("name, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_precision_by_name(name, dtype):
+    precision = engine.Precision(name, torch.device("cpu"))
+    with precision.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+    assert precision.scaler.is_enabled() == (name == "fp16")
+
+
+def test_cpu_has_bf16_survives_a_torch_without_the_question(monkeypatch):
+    assert isinstance(engine.cpu_has_bf16(), bool)
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    assert engine.cpu_has_bf16() is False
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_is_an_error():
+    with pytest.raises(UserError, match="device=cpu"):
+        engine.setup_distributed("cuda")
+
+
+# --- schedules and parameter groups ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("warmup_epochs, peak", [(0, 0), (1, 6), (2.5, 17)])
+def test_the_schedule_rises_to_its_base_and_falls_towards_its_end(warmup_epochs, peak):
+    values = engine.cosine_schedule(1.0, 0.1, epochs=10, steps_per_epoch=7, warmup_epochs=warmup_epochs)
+    assert len(values) == 70 and max(values) == values[peak] == 1.0
+    assert all(a < b for a, b in zip(values[:peak], values[1:])) and all(a >= b for a, b in zip(values[peak:], values[peak + 1:]))
+    assert values[0] == (1.0 if peak == 0 else 0.0) and 0.1 < values[-1] < 0.11
+
+
+def test_a_warmup_longer_than_the_run():
+    assert engine.cosine_schedule(1.0, 0.0, epochs=2, steps_per_epoch=2, warmup_epochs=5) == pytest.approx([0, 1 / 3, 2 / 3, 1])
+
+
+def test_frozen_parameters_have_no_group_and_nested_ones_keep_their_kind():
+    model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "frozen": nn.Linear(2, 2).requires_grad_(False)})
+    model.encoder.cls_token = nn.Parameter(torch.zeros(1, 1, 2))
+    decays = {name: group["weight_decay"] for group in engine.parameter_groups(model, 0.05) for name in group["names"]}
+    assert decays == {"encoder.weight": 0.05, "encoder.bias": 0, "encoder.cls_token": 0}
+
+
+def test_set_lr_keeps_the_scales():
+    groups = [dict(params=[nn.Parameter(torch.ones(1))], lr_scale=scale) for scale in (1.0, 0.25)]
+    optimizer = engine.make_optimizer(groups, engine.TrainConfig())
+    engine.set_lr(optimizer, 0.4)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.4, 0.1]
+
+
+def test_seeds_of_neighbouring_steps_and_ranks_differ():
+    draws = set()
+    for numbers in [(seed, step, rank) for seed in range(2) for step in range(3) for rank in range(2)] + [(12, 3), (1, 23)]:
+        engine.seed_everything(*numbers)
+        draws.add(torch.rand(1).item())
+    engine.seed_everything(1, 23)
+    assert len(draws) == 14 and torch.rand(1).item() in draws
+
+
+# --- a run -------------------------------------------------------------------------------------------------------
+
+STEPS, BATCH = 6, 4  # per epoch; images per step
+
+
+class ToyLoader:
+    """Deals rows of a fixed table out as data.TrainLoader deals images out: rank r holds rows r, r + W, ..."""
+
+    def __init__(self, run: engine.Run, poison: dict | None = None):
+        self.device_batch, self.poison = run.device_batch, poison or {}  # poison: (epoch, global row) -> value
+        self.batches_per_epoch = STEPS * BATCH // (run.device_batch * engine.world_size())
+
+    def epoch(self, epoch: int, start: int = 0):
+        x = torch.randn(STEPS * BATCH, 5, generator=torch.Generator().manual_seed(epoch))
+        for (poisoned, row), value in self.poison.items():
+            if poisoned == epoch:
+                x[row] = value
+        mine = x[engine.rank()::engine.world_size()].split(self.device_batch)
+        for batch in mine[start:]:
+            yield {"x": batch, "names": ["not a tensor"]}
+
+
+def toy_run(folder, poison=None, dropout=0.0, optimizer_class=engine.make_optimizer, **options):
+    """A run that is ready for its loop: a linear model that learns to say the sum of five numbers."""
+    text = {"epochs": 2, "batch_size": BATCH, "lr": 0.01, "log_every": 4, "save_every": 3} | options
+    top = {"output_dir": str(folder), "device": "cpu", "precision": text.pop("precision", "fp32")}
+    Path(folder).mkdir(exist_ok=True)
+    file = Path(folder) / f"c{engine.rank()}.yaml"
+    file.write_text(json.dumps(top | {"pretrain": text}))  # JSON is YAML
+    config = engine.load_config({"pretrain": engine.TrainConfig}, [str(file)])
+    run = engine.Run("pretrain", config, config.pretrain)
+    model = nn.Sequential(nn.Dropout(dropout), nn.Linear(5, 1))
+    optimizer = optimizer_class(engine.parameter_groups(model, 0.05), config.pretrain)
+    run.model, run.optimizer, run.parallel = model, optimizer, run.prepare(model)
+    run.begin(ToyLoader(run, poison), read_checkpoint, model=model, optimizer=optimizer)
+    return run
+
+
+def toy_train(run, stop_at: int | None = None, stop_rank: int = 0, loss_of=None) -> nn.Module:
+    """The loop of the scripts. `stop_at`: the step in which the signal to stop arrives."""
+    for epoch in run.epochs():
+        for micro_batches in run.steps(epoch):
+            for batch in micro_batches:
+                x = batch["x"]
+                prediction = run.parallel(x)[:, 0]
+                loss = (prediction - x.sum(dim=1)).square().mean() if loss_of is None else loss_of(prediction)
+                run.backward(loss)
+                run.record(loss=loss)
+            if run.step + 1 == stop_at and engine.rank() == stop_rank:
+                signal.raise_signal(signal.SIGTERM)
+            run.optimizer_step(run.optimizer)
+        run.end_epoch(epoch, train={}, val={"score": float(epoch)})
+    run.finish()
+    return run.model
+
+
+def metrics(run) -> list[dict]:
+    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run) -> list[tuple]:
+    """What is the same however often a run was interrupted: speed is not."""
+    return [(line["step"], line.get("loss"), line.get("grad_norm"), line.get("train"), line.get("val")) for line in metrics(run)]
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+def test_a_run_writes_its_metrics(tmp_path):
+    run = toy_run(tmp_path)
+    model = toy_train(run)
+    lines = metrics(run)
+    assert [(line["step"], "val" in line) for line in lines] == [(4, False), (6, False), (6, True), (8, False), (12, False), (12, True)]
+    # The epoch's figure is the mean over its six steps: four of them in the first line, two in the second.
+    assert lines[2]["train"]["loss"] == pytest.approx((4 * lines[0]["loss"] + 2 * lines[1]["loss"]) / 6, rel=1e-6)
+    assert lines[3]["epoch"] == 1 and lines[5]["val"] == {"score": 1.0} and lines[0]["lr"] == 0.01
+    assert lines[-1]["train"]["loss"] < lines[2]["train"]["loss"]
+    state = read_checkpoint(run.checkpoint_file)
+    assert state["step"] == 12 and torch.equal(state["model"]["1.weight"], model[1].weight)
+    assert not list(run.folder.glob("*.part")) and (run.folder / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 6, 8])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, stop_at):
+    """Stopped between two lines, at one, or at an epoch's end: same weights to the bit, each step's line once."""
+    whole = toy_run(tmp_path / "whole", dropout=0.5)
+    toy_train(whole)
+    run = toy_run(tmp_path / "parts", dropout=0.5)
+    with pytest.raises(engine.Interrupted, match=f"step {stop_at} of 12"):
+        toy_train(run, stop_at)
+    run = toy_run(tmp_path / "parts", dropout=0.5)
+    assert run.step == stop_at
+    toy_train(run)
+    assert same_weights(run.model, whole.model) and losses(run) == losses(whole)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
+    """Killed in step 8, after what step 8 measured but before anything was saved of it."""
+    whole = toy_run(tmp_path / "whole", dropout=0.5)
+    toy_train(whole)
+    run = toy_run(tmp_path / "parts", dropout=0.5, save_every=100)
+    with pytest.raises(ZeroDivisionError):
+        for epoch in run.epochs():
+            for micro_batches in run.steps(epoch):
+                if run.step == 9:
+                    raise ZeroDivisionError  # stands for kill -9
+                for batch in micro_batches:
+                    loss = (run.parallel(batch["x"])[:, 0] - batch["x"].sum(dim=1)).square().mean()
+                    run.backward(loss)
+                    run.record(loss=loss)
+                run.optimizer_step(run.optimizer)
+            run.end_epoch(epoch, train={}, val={"score": float(epoch)})
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 1, "step": 9, "lo')  # cut short
+    assert metrics_steps_on_disk(run)[-1] == 8
+    run = toy_run(tmp_path / "parts", dropout=0.5, save_every=100)
+    assert run.step == 6
+    toy_train(run)
+    assert same_weights(run.model, whole.model) and losses(run) == losses(whole)
+
+
+def metrics_steps_on_disk(run) -> list[int]:
+    return [json.loads(line)["step"] for line in (run.folder / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    run = toy_run(tmp_path)
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert run.step == 0
+
+
+def test_a_finished_run_does_nothing_when_started_again(tmp_path):
+    run = toy_run(tmp_path)
+    toy_train(run)
+    before = losses(run)
+    again = toy_run(tmp_path)
+    assert len(again.epochs()) == 0
+    toy_train(again)
+    assert losses(again) == before and same_weights(again.model, run.model)
+
+
+def test_another_configuration_is_refused_and_named(tmp_path):
+    run = toy_run(tmp_path)
+    with pytest.raises(engine.Interrupted):
+        toy_train(run, stop_at=4)
+    with pytest.raises(UserError, match=r"pretrain\.lr was 0\.01 and is 0\.02") as error:
+        toy_run(tmp_path, lr=0.02, device_batch_size=2)
+    assert "device_batch_size" not in str(error.value)
+    assert toy_run(tmp_path, device_batch_size=2, save_every=50).step == 4  # what does not change the result may change
+
+
+@pytest.mark.parametrize("old, new", [("fp32", "bf16"), ("fp32", "fp16"), ("fp16", "fp32")])
+def test_precision_may_change_between_two_parts_of_a_run(tmp_path, old, new):
+    """`precision: auto` does so by itself where a run moves to another machine."""
+    with pytest.raises(engine.Interrupted):
+        toy_train(toy_run(tmp_path, precision=old), stop_at=4)
+    run = toy_run(tmp_path, precision=new)
+    assert run.step == 4
+    toy_train(run)
+    assert metrics(run)[-1]["step"] == 12
+
+
+@pytest.mark.parametrize("limit, accumulation, device_batch", [(0, 1, 4), (4, 1, 4), (3, 2, 2), (1, 4, 1), (100, 1, 4)])
+def test_accumulation_follows_from_the_device_batch(tmp_path, limit, accumulation, device_batch):
+    run = toy_run(tmp_path, device_batch_size=limit)
+    assert (run.accumulation, run.device_batch, run.steps_per_epoch) == (accumulation, device_batch, STEPS)
+
+
+def test_accumulated_gradients_give_the_same_run(tmp_path):
+    whole, parts = toy_run(tmp_path / "whole", clip_grad=0.5), toy_run(tmp_path / "parts", clip_grad=0.5, device_batch_size=1)
+    toy_train(whole), toy_train(parts)
+    for a, b in zip(whole.model.parameters(), parts.model.parameters()):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    for a, b in zip(metrics(whole), metrics(parts)):
+        assert a["step"] == b["step"] and a.get("loss") == pytest.approx(b.get("loss"), rel=1e-5)
+        assert a.get("grad_norm") == pytest.approx(b.get("grad_norm"), rel=1e-5)
+
+
+def test_gradients_are_clipped_and_the_norm_before_is_reported(tmp_path):
+    """With plain gradient descent a step is as long as its clipped gradient."""
+    moved, start = {}, {}
+    for clip in (0.0, 0.25):
+        run = toy_run(tmp_path / str(clip), clip_grad=clip, epochs=1, log_every=1,
+                      optimizer_class=lambda groups, config: torch.optim.SGD(groups, lr=1.0))
+        steps = run.steps(0)
+        batch = next(next(steps))
+        before = [p.detach().clone() for p in run.model.parameters()]
+        run.backward((run.model(batch["x"])[:, 0] - batch["x"].sum(dim=1)).square().mean())
+        run.optimizer_step(run.optimizer)
+        moved[clip] = torch.cat([(p - q).flatten() for p, q in zip(run.model.parameters(), before)]).norm().item()
+        start[clip] = run.window["grad_norm"][0].item()
+        assert all(p.grad is None for p in run.model.parameters())
+    assert start[0.25] == pytest.approx(start[0.0]) == pytest.approx(moved[0.0], rel=1e-4) and start[0.0] > 0.25
+    assert moved[0.25] == pytest.approx(0.25, rel=1e-4)
+
+
+def test_too_few_images_for_one_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(ToyLoader, "epoch", None)
+    monkeypatch.setitem(globals(), "STEPS", 0)
+    with pytest.raises(UserError, match=r"smaller than one batch of 4 images: lower pretrain\.batch_size"):
+        toy_run(tmp_path)
+
+
+def test_an_output_dir_that_cannot_be_made(tmp_path):
+    (tmp_path / "pretrain").write_text("a file stands where the folder should be")
+    with pytest.raises(UserError, match="output_dir"):
+        toy_run(tmp_path)
+
+
+@pytest.mark.parametrize("device_batch_size", [4, 2])
+@pytest.mark.parametrize("row, step", [(0, 1), (9, 3), (23, 6)])
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_step(tmp_path, row, step, device_batch_size):
+    run = toy_run(tmp_path, poison={(1, row): math.nan}, device_batch_size=device_batch_size)
+    with pytest.raises(UserError, match=f"not finite at step {STEPS + step} ") as error:
+        toy_train(run)
+    text = str(error.value)
+    saved = read_checkpoint(run.checkpoint_file)
+    assert f"saved at step {saved['step']} " in text and "pretrain.lr" in text
+    assert all(value.isfinite().all() for value in saved["model"].values())
+    assert ("before: none" in text) == (step == 1 or (step - 1) % 4 == 0)
+
+
+def test_an_infinite_gradient_never_reaches_a_checkpoint(tmp_path):
+    """A finite loss can have a gradient that is not (a square root at 0). Without a scaler to skip the step, the weights
+    are gone after it, so the run must end before it saves them."""
+    run = toy_run(tmp_path, save_every=1, log_every=1, epochs=1)
+    with pytest.raises(UserError, match="not finite at step"):
+        toy_train(run, loss_of=lambda prediction: (prediction * (run.step < 3)).square().mean().sqrt())
+    assert all(value.isfinite().all() for value in read_checkpoint(run.checkpoint_file)["model"].values())
+
+
+def test_a_skipped_fp16_step_does_not_poison_the_averages(tmp_path):
+    """An overflow of the scaled gradients skips the step, halves the scale and leaves weights and averages sound."""
+    run = toy_run(tmp_path, precision="fp16", log_every=6, epochs=1)
+    huge = 1e30  # times 65536, the scale: beyond float32 once it is squared in the gradient's norm
+    run.optimizer.zero_grad()
+    skipped = []
+    for micro_batches in run.steps(0):
+        before = [p.detach().clone() for p in run.model.parameters()]
+        for batch in micro_batches:
+            loss = (run.parallel(batch["x"])[:, 0].float() - batch["x"].sum(dim=1)).square().mean()
+            run.record(loss=loss)
+            run.backward(loss * huge * huge if run.step == 2 else loss)
+        run.optimizer_step(run.optimizer)
+        skipped.append(all(torch.equal(p, q) for p, q in zip(run.model.parameters(), before)))
+    assert skipped == [False, False, True, False, False, False]
+    assert run.precision.scaler.get_scale() == 65536 / 2
+    line = metrics(run)[0]
+    assert math.isfinite(line["loss"]) and 0 < line["grad_norm"] < 1e3
+    assert run.totals["grad_norm"][1] == 5 and run.totals["loss"][1] == 6
+    assert all(p.isfinite().all() for p in run.model.parameters())
+
+
+# --- checkpoints on disk -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("numbers", [10, 1_000_000])
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, numbers):
+    """/dev/full refuses every write as a full disk does: small files at the end, large ones half-way."""
+    path = tmp_path / "last.pt"
+    engine.save_atomically({"x": torch.ones(3)}, path)
+    (tmp_path / "last.part").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="cannot write the checkpoint '.*last.pt'.*free some space"):
+        engine.save_atomically({"x": torch.zeros(numbers)}, path)
+    assert torch.equal(read_checkpoint(path)["x"], torch.ones(3))
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+    engine.save_atomically({"x": torch.zeros(2)}, path)  # space again
+    assert torch.equal(read_checkpoint(path)["x"], torch.zeros(2))
+
+
+def test_a_folder_that_has_gone(tmp_path):
+    with pytest.raises(UserError, match="cannot write the checkpoint"):
+        engine.save_atomically({}, tmp_path / "gone" / "last.pt")
+
+
+def test_keep_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    engine.keep_lines(path, 3)  # nothing to do, no error
+    lines = ['{"step": 1}', '{"step": 3, "loss": 0.5}', '{"step": 3, "val": {}}', '{"step": 4}', '{"step": 5, "lo']
+    path.write_text("\n".join(lines))
+    engine.keep_lines(path, 3)
+    assert path.read_text().splitlines() == lines[:3] and path.read_text().endswith("\n")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_changed_keys():
+    old, new = {"a": {"x": 1, "y": 2}, "b": 3, "c": 1}, {"a": {"x": 1, "y": 5}, "b": 3, "d": 2}
+    assert list(engine.changed_keys(old, new)) == [("a.y", 2, 5), ("c", 1, None), ("d", None, 2)]
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------
+
+
+def test_mean_of_weights():
+    model = nn.Linear(2, 1)
+    mean = engine.MeanOfWeights(model, decay=0.75)
+    first = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.add_(4)
+    mean.update(model)
+    assert torch.allclose(mean.model.weight, first + 1) and not mean.model.weight.requires_grad
+    mean.update(model)
+    assert torch.allclose(mean.model.weight, first + 1.75)
+    other = engine.MeanOfWeights(nn.Linear(2, 1), decay=0.75)
+    other.load_state_dict(mean.state_dict())
+    assert torch.equal(other.model.weight, mean.model.weight)
+
+
+@pytest.mark.parametrize("k, bank_size", [(1, 50), (7, 50), (20, 12)])
+def test_knn_accuracy_against_a_loop(k, bank_size):
+    generator = torch.Generator().manual_seed(k)
+    bank, queries = torch.randn(bank_size, 4, generator=generator), torch.randn(1100, 4, generator=generator)  # two chunks
+    bank_labels, labels = torch.randint(3, (bank_size,), generator=generator), torch.randint(5, (1100,), generator=generator)
+    cosine = F.cosine_similarity(queries[:, None], bank[None], dim=-1).tolist()
+    hits = 0
+    for row, label in zip(cosine, labels.tolist()):
+        votes = [0.0] * 5
+        for neighbour in sorted(range(bank_size), key=lambda i: -row[i])[:k]:
+            votes[bank_labels[neighbour]] += math.exp(row[neighbour] / 0.07)
+        hits += max(range(5), key=votes.__getitem__) == label
+    assert 0.1 < hits / 1100 < 0.5  # three classes of five are in the bank
+    assert engine.knn_accuracy(bank, bank_labels, queries, labels, k) == pytest.approx(hits / 1100, abs=1.5 / 1100)
+
+
+def test_extract_features_keeps_order_and_separates_cls(tmp_path):
+    run = toy_run(tmp_path)
+    pixels = torch.arange(5)
+    loader = [{"image": part, "label": part * 10} for part in pixels.split(2)]
+
+    def tokens_of(images):  # [CLS] is 100 + image, the patches are image - 1 and image + 1
+        return torch.stack([images + 100, images - 1, images + 1], dim=1)[..., None].float()
+
+    features = engine.extract_features(run, tokens_of, loader, total=5)
+    assert features["cls"][:, 0].tolist() == [100, 101, 102, 103, 104]
+    assert features["mean"][:, 0].tolist() == [0, 1, 2, 3, 4] and features["labels"].tolist() == [0, 10, 20, 30, 40]
+
+
+# --- two processes -----------------------------------------------------------------------------------------------
+
+
+def one_of_two(rank: int, folder: Path) -> None:
+    """What each of two real processes does; the tests below look at what it found."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    found = {"sum": engine.all_reduce_sum(torch.tensor([1.0, 10.0 * rank]))}
+    for total in (1, 7, 8):
+        rows = torch.arange(2 * total).view(total, 2)
+        found[f"gather {total}"] = engine.gather_in_order(rows[rank::2], total)
+    found["gather without total"] = engine.gather_in_order(torch.tensor([rank, rank + 2]))
+    found["main"] = engine.on_main(lambda: f"from {engine.rank()}")
+
+    def fail():
+        raise UserError("rank 0 says no")
+
+    try:
+        engine.on_main(fail)
+    except UserError as error:
+        found["error"] = str(error)
+
+    for limit in (0, 1):
+        run = toy_run(folder / f"run{limit}", device_batch_size=limit)
+        toy_train(run)
+        found[f"weights {limit}"] = run.model.state_dict()
+    run = toy_run(folder / "stopped")
+    try:
+        toy_train(run, stop_at=2, stop_rank=1)  # only one of them hears the signal
+    except engine.Interrupted:
+        found["stopped at"] = run.step
+    try:
+        toy_run(folder / "odd", batch_size=3)
+    except UserError as error:
+        found["odd batch"] = str(error)
+    try:
+        # Row 1 of the table is rank 1's: rank 0 must notice as well.
+        toy_train(toy_run(folder / "nan", poison={(0, 1): math.nan}))
+    except UserError as error:
+        found["nan"] = str(error)
+    torch.save(found, folder / f"found{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(one_of_two, (folder,), nprocs=2)
+    return folder, [torch.load(folder / f"found{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_two_processes_sum_and_gather_in_global_order(two):
+    for found in two[1]:
+        assert found["sum"].tolist() == [2, 10]
+        for total in (1, 7, 8):
+            assert found[f"gather {total}"].tolist() == torch.arange(2 * total).view(total, 2).tolist()
+        assert found["gather without total"].tolist() == [0, 1, 2, 3]
+
+
+def test_two_processes_share_what_the_first_one_did(two):
+    for found in two[1]:
+        assert found["main"] == "from 0" and found["error"] == "rank 0 says no"
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_two_processes_train_as_one(two, tmp_path, limit):
+    """The same weights and metrics as one process with the whole batch; with accumulation, too."""
+    folder, found = two
+    one = toy_run(tmp_path)
+    toy_train(one)
+    for results in found:
+        for name, value in one.model.state_dict().items():
+            assert torch.allclose(results[f"weights {limit}"][name], value, rtol=1e-5, atol=1e-6)
+    lines = [json.loads(line) for line in (folder / f"run{limit}" / "pretrain" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [line["step"] for line in metrics(one)]
+    for ours, theirs in zip(lines, metrics(one)):
+        assert ours.get("loss") == pytest.approx(theirs.get("loss"), rel=1e-5)
+
+
+def test_two_processes_stop_at_the_same_step(two):
+    assert [found["stopped at"] for found in two[1]] == [4, 4]  # they agree when the metrics are read: every 4 steps
+
+
+def test_two_processes_fail_with_the_same_sentence(two):
+    for found in two[1]:
+        assert "not finite at step 1 " in found["nan"]
+        assert "a batch of 3 images cannot be shared by 2 processes" in found["odd batch"]
