@@ -1,0 +1,698 @@
+"""The scripts as a person runs them: in one process or several, interrupted and continued, and with mistakes.
+
+Runs are tiny and happen in this process wherever a process of its own is not the point.
+"""
+
+import errno
+import importlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+CODE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(CODE))
+import engine  # noqa: E402
+import finetune  # noqa: E402
+import pretrain  # noqa: E402
+import tokenizer  # noqa: E402
+from beitv2 import ModelError  # noqa: E402
+from engine import UserError  # noqa: E402
+
+# 16 patches of 4 x 4 pixels; 8 steps of 8 images an epoch. 7 validation images: no two ranks have as many.
+TINY = """
+device: cpu
+precision: fp32
+data: {dataset: shapes, image_size: 16, train_images: 64, val_images: 7, workers: 0}
+model: {embed_dim: 32, depth: 2, num_heads: 2, patch_size: 4}
+tokenizer: {teacher: hog, embed_dim: 32, depth: 1, num_heads: 2, decoder_depth: 1, codebook_size: 16, codebook_dim: 8,
+  ema_decay: 0.9, epochs: 2, batch_size: 8, lr: 1e-3, warmup_epochs: 1, crop_scale: [0.5, 1.0], log_every: 2, save_every: 4}
+pretrain: {num_masked: 6, min_block: 2, early_layers: 1, head_layers: 1, epochs: 2, batch_size: 8, lr: 1e-3,
+  warmup_epochs: 1, knn_every: 1, log_every: 2, save_every: 4}
+finetune: {epochs: 2, batch_size: 8, lr: 1e-3, warmup_epochs: 1, probe_epochs: 2, probe_lrs: [0.1, 1.0], log_every: 2,
+  save_every: 4}
+"""
+SCRIPTS = ("tokenizer", "pretrain", "finetune")
+
+
+@pytest.fixture(autouse=True)
+def as_found():
+    """A run takes over the signals, the arguments and the number of threads: put them back."""
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    arguments, threads = sys.argv, torch.get_num_threads()
+    yield
+    sys.argv = arguments
+    torch.set_num_threads(threads)
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A run shares the processors out among its machine's ranks. Tiny models are fastest with one thread, as if
+    there were as many ranks as processors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))
+        yield
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, one_thread):
+    """A folder with the tiny config, and in `base` stages 1 and 2 trained by it, for others to start from."""
+    folder = tmp_path_factory.mktemp("scripts")
+    (folder / "tiny.yaml").write_text(TINY)
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    start("tokenizer", folder, "base")
+    start("pretrain", folder, "base")
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+    return folder
+
+
+def arguments(home: Path, output: str, *changes: str) -> list[str]:
+    """Arguments for a run that writes to `output` and takes the stages before from `base`."""
+    given = [f"pretrain.tokenizer_weights={home}/base/tokenizer/last.pt", f"finetune.weights={home}/base/pretrain/last.pt"]
+    return [str(home / "tiny.yaml"), f"output_dir={home / output}", *(given if output != "base" else []), *changes]
+
+
+def start(script: str, home: Path, output: str, *changes: str) -> Path:
+    """Run a script in this process, and name the folder of its output."""
+    sys.argv = [f"{script}.py", *arguments(home, output, *changes)]
+    importlib.import_module(script).main()
+    return home / output
+
+
+def sentence(script: str, *arguments: str) -> str:
+    """The sentence with which a script refuses these arguments."""
+    sys.argv = [f"{script}.py", *map(str, arguments)]
+    with pytest.raises((UserError, ModelError)) as caught:
+        importlib.import_module(script).main()
+    text = " ".join(str(caught.value).split())
+    assert 20 < len(text) < 800 and "Traceback" not in text
+    return text
+
+
+def refusal(script: str, home: Path, output: str, *changes: str) -> str:
+    return sentence(script, *arguments(home, output, *changes))
+
+
+def torchrun(processes: int, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+                           *map(str, command)], cwd=CODE, env=os.environ | environment, capture_output=True, text=True,
+                          timeout=120)
+
+
+def metrics(stage: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what the clock says."""
+    lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("images_per_second", "data_wait")} for line in lines]
+
+
+def checkpoint(file: Path) -> dict:
+    content = torch.load(file, weights_only=True)
+    content.pop("config")  # names another output_dir
+    return content
+
+
+def flat(value, name="") -> dict:
+    """A nested checkpoint or line of metrics as {path: tensor or plain value}."""
+    if isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: leaf for part, inner in items for key, leaf in flat(inner, f"{name}/{part}").items()}
+    return {name: value}
+
+
+def differences(a, b, tolerance: float = 0.0) -> list[str]:
+    """Where two nested values differ by more than `tolerance`, relative to the largest magnitude of each tensor."""
+    a, b = flat(a), flat(b)
+    found = [f"{key} is missing" for key in a.keys() ^ b.keys()]
+    for key in a.keys() & b.keys():
+        if not isinstance(a[key], (torch.Tensor, float)) or tolerance == 0:
+            same = torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key]
+            found += [] if same else [f"{key}: {a[key]} and {b[key]}"]
+            continue
+        x, y = (torch.as_tensor(value, dtype=torch.float64) for value in (a[key], b[key]))
+        error = (x - y).abs().max() / x.abs().max().clamp(min=1e-6) if x.isfinite().all() else float(not x.equal(y))
+        found += [] if error <= tolerance else [f"{key} differs by {error:.1e}"]
+    return sorted(found)
+
+
+# --- one process or two, whole batches or accumulated ---------------------------------------------------------
+
+# What the ranks' generators draw would differ, so drop path and mixup are off; everything that a sample draws is on.
+# Every step has its line. Codes are revived: half of those that k-means finds in 8 images soon have too few hits.
+COMPARED = {
+    "tokenizer": ["tokenizer.log_every=1", "tokenizer.ema_decay=0.5", "tokenizer.revive_below=4.0"],
+    "pretrain": ["pretrain.log_every=1"],
+    "finetune": ["finetune.log_every=1", "finetune.drop_path=0", "finetune.mixup=0", "finetune.cutmix=0",
+                 "finetune.erase=0", "finetune.ema_decay=0.9"],
+    "linear_probe": ["finetune.mode=linear_probe", "finetune.log_every=1"],
+    "knn": ["finetune.mode=knn"],
+}
+# Two ranks run all of these one after the other, in one pair of processes: most of the time is their start.
+TWO_RANKS = """
+import importlib, json, os, sys
+code, plan, report = sys.argv[1:]
+sys.path.insert(0, code)
+import engine, beitv2
+outcomes = {}
+for name, script, interrupt_at, arguments in json.loads(plan):
+    sys.argv = [script + ".py", *arguments]
+    if interrupt_at:
+        whole = engine.Run.optimizer_step
+        def optimizer_step(run, optimizer):
+            whole(run, optimizer)
+            if run.step + 1 == interrupt_at and engine.rank() == 1:  # only one rank is asked to stop
+                os.kill(os.getpid(), 15)
+        engine.Run.optimizer_step = optimizer_step
+    try:
+        importlib.import_module(script).main()
+        outcomes[name] = "done"
+    except (engine.UserError, engine.Interrupted, beitv2.ModelError) as error:
+        outcomes[name] = type(error).__name__ + ": " + str(error)
+    if interrupt_at:
+        engine.Run.optimizer_step = whole
+    with open(f"{report}.{engine.rank()}", "w") as file:
+        json.dump(outcomes, file)
+"""
+
+
+def script_of(stage: str) -> str:
+    return stage if stage in SCRIPTS else "finetune"
+
+
+@pytest.fixture(scope="module")
+def two_ranks(home):
+    """What two processes made of it, each with half of every batch: the outcome of each run, as both ranks tell it."""
+    plan = [(stage, script_of(stage), 0, arguments(home, "two", *changes)) for stage, changes in COMPARED.items()]
+    # The same again in pieces: each rank's half of a batch in two parts.
+    plan += [(f"{stage}_parts", stage, 0, arguments(home, "two_parts", *COMPARED[stage], f"{stage}.device_batch_size=2"))
+             for stage in SCRIPTS]
+    again = arguments(home, "two_stopped", *COMPARED["pretrain"])
+    plan += [("stopped", "pretrain", 3, again), ("continued", "pretrain", 0, again)]
+    few = ["data.train_images=1", "pretrain.batch_size=2"]
+    plan += [("odd_batch", "pretrain", 0, arguments(home, "two_odd", "pretrain.batch_size=7")),
+             ("one_image", "pretrain", 0, arguments(home, "two_few", *few)),
+             ("one_val_image", "finetune", 0, arguments(home, "two_few", "finetune.mode=knn", "data.val_images=1"))]
+    (home / "two_ranks.py").write_text(TWO_RANKS)
+    done = torchrun(2, home / "two_ranks.py", CODE, json.dumps(plan), home / "outcomes")
+    print(done.stderr)  # pytest shows it where a test fails
+    first, second = (json.loads((home / f"outcomes.{rank}").read_text()) for rank in (0, 1))
+    assert first == second
+    return first
+
+
+@pytest.fixture(scope="module")
+def one_rank(home):
+    """The same runs in one process, made when they are first asked for."""
+    def folder(stage: str) -> Path:
+        if not (home / "one" / stage / "metrics.jsonl").exists():
+            start(script_of(stage), home, "one", *COMPARED[stage])
+        return home / "one" / stage
+    return folder
+
+
+# Sums in another order differ by 1e-7, and each of the 16 steps makes more of it, AdamW above all, which divides a
+# gradient near zero by its own size. A mean over the wrong number, or one image twice, would show as 1e-2.
+STEP_TOLERANCE, END_TOLERANCE = 1e-5, 2e-3
+
+
+def assert_same_run(one: Path, other: Path):
+    """Every figure of every step and epoch, and last.pt: weights, codebook, gradient averages, running counts."""
+    lines, others = metrics(one), metrics(other)
+    assert len(lines) == len(others) > 0
+    assert not differences(lines[:2], others[:2], STEP_TOLERANCE)
+    assert not differences(lines, others, END_TOLERANCE)
+    if (one / "last.pt").exists():
+        assert not differences(checkpoint(one / "last.pt"), checkpoint(other / "last.pt"), END_TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", COMPARED)
+def test_two_processes_do_what_one_does(home, one_rank, two_ranks, stage):
+    """Losses, gradient norms, codebook, usage, perplexity, validation figures and final weights do not depend on
+    the number of processes: k-means and revival of codes included, and an odd number of validation images."""
+    assert two_ranks.get(stage) == "done"
+    assert_same_run(one_rank(stage), home / "two" / stage)
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_accumulated_gradients_are_those_of_the_whole_batch(home, one_rank, two_ranks, stage):
+    """device_batch_size changes the memory a step takes, and nothing else; with two processes as with one."""
+    start(stage, home, "parts", *COMPARED[stage], f"{stage}.device_batch_size=3")  # 4 parts of 2
+    assert_same_run(one_rank(stage), home / "parts" / stage)
+    assert two_ranks.get(f"{stage}_parts") == "done"
+    assert_same_run(one_rank(stage), home / "two_parts" / stage)
+
+
+def test_linear_probe_does_not_depend_on_the_device_batch(home, one_rank):
+    """Its BatchNorm must see the whole batch, however many images a device holds at a time."""
+    start("finetune", home, "parts", *COMPARED["linear_probe"], "finetune.device_batch_size=2")
+    assert_same_run(one_rank("linear_probe"), home / "parts/linear_probe")
+
+
+def test_codes_are_revived_in_the_runs_compared(home, one_rank):
+    """Else the comparisons above would say nothing about revival."""
+    start("tokenizer", home, "unrevived", *COMPARED["tokenizer"], "tokenizer.revive_below=0.0")
+    assert differences(metrics(one_rank("tokenizer")), metrics(home / "unrevived/tokenizer"), END_TOLERANCE)
+
+
+def test_two_processes_stop_together_and_continue(home, two_ranks):
+    """A signal to one rank stops all at the same step; with the same command they end as if nothing had been."""
+    assert two_ranks["stopped"].startswith("Interrupted") and two_ranks["continued"] == "done"
+    whole, pieces = home / "two/pretrain", home / "two_stopped/pretrain"
+    assert not differences(metrics(whole), metrics(pieces))
+    assert not differences(checkpoint(whole / "last.pt"), checkpoint(pieces / "last.pt"))
+
+
+def test_more_processes_than_images(two_ranks):
+    """One training image cannot serve two processes; one validation image can, each image being counted once."""
+    assert two_ranks["one_image"].startswith("UserError") and "training images" in two_ranks["one_image"]
+    assert two_ranks.get("one_val_image") == "done"
+
+
+def test_batch_that_processes_cannot_share(two_ranks):
+    assert two_ranks["odd_batch"].startswith("UserError") and "pretrain.batch_size" in two_ranks["odd_batch"]
+
+
+# --- interrupted runs -------------------------------------------------------------------------------------------
+
+# All there is of randomness, and everything a checkpoint must hold.
+INTERRUPTED = {
+    "tokenizer": ["tokenizer.revive_below=1.0"],
+    "pretrain": ["pretrain.drop_path=0.3"],
+    "finetune": ["finetune.drop_path=0.3", "finetune.mixup=0.8", "finetune.cutmix=1.0", "finetune.rand_augment=true",
+                 "finetune.erase=0.5", "finetune.ema_decay=0.9"],
+    "linear_probe": ["finetune.mode=linear_probe"],
+}
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of ours catches it, so nothing is saved."""
+
+
+def interrupt(monkeypatch, step: int, how: signal.Signals):
+    """Interrupt the run in the middle of the given step, counted from 1 over the whole run."""
+    whole = engine.Run.optimizer_step
+
+    def optimizer_step(run, optimizer):
+        if run.step + 1 == step:
+            if how == signal.SIGKILL:
+                raise Killed
+            os.kill(os.getpid(), how)
+        whole(run, optimizer)
+
+    monkeypatch.setattr(engine.Run, "optimizer_step", optimizer_step)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(home):
+    def folder(stage: str) -> Path:
+        if not (home / "whole" / stage / "metrics.jsonl").exists():
+            start(script_of(stage), home, "whole", *INTERRUPTED[stage])
+        return home / "whole" / stage
+    return folder
+
+
+def assert_same_bits(whole: Path, pieces: Path):
+    assert not differences(metrics(whole), metrics(pieces))
+    steps = [line["step"] for line in metrics(pieces) if "train" not in line]
+    assert steps == [2, 4, 6, 8, 10, 12, 14, 16]
+    for name in ("last.pt", "best.pt") if (whole / "best.pt").exists() else ("last.pt",):
+        assert not differences(checkpoint(whole / name), checkpoint(pieces / name))
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
+@pytest.mark.parametrize("stage", INTERRUPTED)
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(home, uninterrupted, monkeypatch, stage, how):
+    """Interrupted in each of its two epochs, in the middle of a step, between two lines of metrics and between two
+    checkpoints: weights, optimizer and metrics are the same to the bit, and each step has one line."""
+    whole = uninterrupted(stage)
+    command = script_of(stage), home, f"pieces_{how.name}", *INTERRUPTED[stage]
+    folder = home / command[2] / stage
+    for step, saved_step in ((7, 4), (13, 12)):
+        with monkeypatch.context() as patch, pytest.raises(Killed if how == signal.SIGKILL else engine.Interrupted):
+            interrupt(patch, step, how)
+            start(*command)
+        if how != signal.SIGKILL:
+            saved_step = step  # a signal lets the step end, and saves
+        assert torch.load(folder / "last.pt", weights_only=True)["step"] == saved_step
+    start(*command)
+    assert_same_bits(whole, folder)
+
+
+def test_a_signal_during_validation(home, uninterrupted, monkeypatch):
+    """Validation ends, the epoch is saved, and then the run stops."""
+    whole, validate = uninterrupted("finetune"), finetune.evaluate
+
+    def evaluate(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(engine.Interrupted):
+        patch.setattr(finetune, "evaluate", evaluate)
+        start("finetune", home, "pieces_val", *INTERRUPTED["finetune"])
+    start("finetune", home, "pieces_val", *INTERRUPTED["finetune"])
+    assert_same_bits(whole, home / "pieces_val/finetune")
+
+
+def test_killed_before_the_first_checkpoint(home, uninterrupted, monkeypatch):
+    """The run starts afresh, k-means included, and forgets the lines it had written."""
+    whole = uninterrupted("tokenizer")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt(patch, 3, signal.SIGKILL)
+        start("tokenizer", home, "pieces_early", *INTERRUPTED["tokenizer"])
+    assert metrics(home / "pieces_early/tokenizer") and not (home / "pieces_early/tokenizer/last.pt").exists()
+    start("tokenizer", home, "pieces_early", *INTERRUPTED["tokenizer"])
+    assert_same_bits(whole, home / "pieces_early/tokenizer")
+
+
+# What torchrun, a shell or a cluster sends arrives at processes and their loader workers. To be sure of the moment,
+# the script itself asks for it, at its seventh step.
+SIGNALLED = """
+import os, runpy, signal, sys
+code, script, how, *arguments = sys.argv[1:]
+sys.path.insert(0, code)
+os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count())  # one thread, as in the runs to compare with
+import engine
+whole = engine.Run.optimizer_step
+def optimizer_step(run, optimizer):
+    whole(run, optimizer)
+    if run.step + 1 == 7:
+        if how == "SIGKILL":
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getppid(), signal.Signals[how])  # torchrun tells its processes
+        deadline = __import__("time").monotonic() + 20
+        while run.stop_signal is None and __import__("time").monotonic() < deadline:
+            __import__("time").sleep(0.01)
+engine.Run.optimizer_step = optimizer_step
+sys.argv = [script + ".py", *arguments]
+runpy.run_path(os.path.join(code, script + ".py"), run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("stage, how", [("tokenizer", "SIGKILL"), ("pretrain", "SIGINT"), ("finetune", "SIGTERM")])
+def test_an_interrupted_torchrun(home, uninterrupted, stage, how):
+    """torchrun sends signals on to whole process groups, loader workers among them: the run saves itself all the same,
+    and says in one sentence what to do next."""
+    whole = uninterrupted(stage)
+    (home / "signalled.py").write_text(SIGNALLED)
+    changes = [*INTERRUPTED[stage], "data.workers=1"]
+    output = f"torchrun_{how}"
+    done = torchrun(1, home / "signalled.py", CODE, stage, how, *arguments(home, output, *changes))
+    assert done.returncode != 0
+    saved_step = torch.load(home / output / stage / "last.pt", weights_only=True)["step"]
+    if how == "SIGKILL":
+        assert saved_step == 4
+    else:
+        assert saved_step == 7, done.stderr
+        assert done.stderr.count("the same command goes on from there") == 1
+        assert f"{stage}.py" not in done.stderr.partition("the same command goes on from there")[0]  # no traceback of ours
+    start(stage, home, output, *INTERRUPTED[stage])
+    assert_same_bits(whole, home / output / stage)
+
+
+def test_a_finished_run_started_again(home, capsys):
+    """It says so, and changes nothing."""
+    files = {file: file.read_bytes() for file in (home / "base/pretrain").iterdir()}
+    assert {file.name for file in files} == {"last.pt", "metrics.jsonl", "config.yaml"}
+    start("pretrain", home, "base")
+    assert "finished already" in capsys.readouterr().out
+    assert files == {file: file.read_bytes() for file in (home / "base/pretrain").iterdir()}
+
+
+def test_a_changed_config_is_not_continued(home):
+    """A run that goes on with other values than it began with would be neither of the two."""
+    text = refusal("pretrain", home, "base", "pretrain.lr=2e-3", "tokenizer.codebook_dim=8", "pretrain.num_masked=5")
+    assert "pretrain.lr was 0.001 and is 0.002" in text and "pretrain.num_masked was 6 and is 5" in text
+    assert "codebook_dim" not in text and "output_dir" in text
+    start("pretrain", home, "base", "data.workers=1", "pretrain.save_every=9")  # these change no result
+
+
+# --- mistakes: one clear sentence each --------------------------------------------------------------------------
+
+
+def test_no_config():
+    assert "name a config file first" in sentence("pretrain")
+    text = sentence("pretrain", "configs/dmeo.yaml")
+    assert "configs/dmeo.yaml" in text and "demo.yaml" in text
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_typo_in_a_key(home, script):
+    """The message names the key, where it stands, and the nearest valid one: on the command line, in the file."""
+    text = refusal(script, home, "typo", f"{script}.epoch=3")
+    assert f"'{script}.epoch'" in text and f"'{script}.epochs'" in text and "command line" in text
+    file = home / "typo.yaml"
+    file.write_text(TINY + "outputdir: here\n")
+    text = sentence(script, file)
+    assert "'outputdir'" in text and "'output_dir'" in text and str(file) in text
+    assert not (home / "typo").exists()
+
+
+@pytest.mark.parametrize("change, must_be", [
+    ("pretrain.epochs=ten", "whole number"), ("pretrain.epochs=1.5", "whole number"), ("pretrain.epochs=true", "whole number"),
+    ("pretrain.lr=high", "number"), ("pretrain.lr=yes", "number"), ("pretrain.betas=0.9", "list of 2"),
+    ("pretrain.betas=[0.9,0.95,0.99]", "list of 2"), ("pretrain.shared_lm_head=1", "true or false"),
+    ("data.root=3", "text"), ("data.dataset=shape", "shapes"), ("model.size=huge", "large"), ("seed=a", "whole number")])
+def test_a_value_of_the_wrong_type(home, change, must_be):
+    key, _, value = change.partition("=")
+    text = refusal("pretrain", home, "typo", change)
+    assert f"'{key}' in the command line must be" in text.replace(" on ", " in ") and must_be in text
+
+
+def test_a_stage_without_the_one_before(home):
+    """The message is the command that makes what is missing."""
+    config, empty = home / "tiny.yaml", f"output_dir={home}/empty"
+    assert f"torchrun tokenizer.py {config}" in sentence("pretrain", config, empty)
+    for mode in ("finetune", "linear_probe", "knn"):
+        assert f"torchrun pretrain.py {config}" in sentence("finetune", config, empty, f"finetune.mode={mode}")
+    assert "best.pt" in sentence("finetune", config, empty, "finetune.eval_only=true")
+
+
+def test_wrong_paths(home):
+    folder = "data.dataset=imagefolder", f"data.root={home}/nowhere"
+    for script in SCRIPTS:
+        text = refusal(script, home, "wrong", *folder)
+        assert f"{home}/nowhere" in text and "data.root" in text
+    text = refusal("pretrain", home, "wrong", "pretrain.tokenizer_weights=no.pt")
+    assert "pretrain.tokenizer_weights" in text and "'no.pt'" in text
+    text = refusal("finetune", home, "wrong", "finetune.weights=no.pt")
+    assert "finetune.weights" in text and "'no.pt'" in text
+    text = refusal("tokenizer", home, "wrong", "tokenizer.teacher=dino_vits16", "tokenizer.teacher_weights=no.pt")
+    assert "tokenizer.teacher_weights" in text and "'no.pt'" in text
+    (home / "file").write_text("")
+    assert f"{home}/file" in refusal("pretrain", home, "wrong", f"output_dir={home}/file/run")
+
+
+class Spy:
+    """Its pickle would leave a file behind if it were run."""
+
+    def __reduce__(self):
+        return os.mkdir, ("spied",)
+
+
+def foreign_files(folder: Path):
+    """Files that are no checkpoint of ours, by name."""
+    folder.mkdir(exist_ok=True)
+    whole = (folder.parent / "base/tokenizer/last.pt").read_bytes()
+    for name, content in {"half": whole[:len(whole) // 2], "most": whole[:-100], "start": whole[:50], "empty": b"", "text": b"<!DOCTYPE html>\n",
+                          "random": bytes(range(256)) * 8, "code": pickle.dumps(Spy())}.items():
+        (folder / name).write_bytes(content)
+    torch.save(Spy(), folder / "code.pt")
+    torch.save([torch.zeros(3)], folder / "list.pt")
+    torch.save({"a": 1}, folder / "plain.pt")
+    torch.save({"weight": torch.zeros(3)}, folder / "tensors.pt")
+    return sorted(file for file in folder.iterdir())
+
+
+def test_truncated_and_foreign_checkpoints(home, monkeypatch):
+    """As weights to start from, and as the run's own last.pt: the message names the file, and no file runs code."""
+    monkeypatch.chdir(home)
+    for file in foreign_files(home / "foreign"):
+        text = refusal("pretrain", home, "wrong", f"pretrain.tokenizer_weights={file}")
+        assert str(file) in text
+        text = refusal("finetune", home, "wrong", f"finetune.weights={file}")
+        assert str(file) in text
+        own = home / "wrong/tokenizer/last.pt"
+        own.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, own)
+        assert str(own) in refusal("tokenizer", home, "wrong")
+    assert not Path("spied").exists()
+
+
+def test_a_checkpoint_of_another_stage(home):
+    """A tokenizer is no backbone, and a backbone no tokenizer."""
+    text = refusal("finetune", home, "wrong", f"finetune.weights={home}/base/tokenizer/last.pt")
+    assert "base/tokenizer/last.pt" in text and "encoder." in text
+    text = refusal("pretrain", home, "wrong", f"pretrain.tokenizer_weights={home}/base/pretrain/last.pt")
+    assert "base/pretrain/last.pt" in text and "mask_token" in text
+
+
+def test_a_checkpoint_of_another_model_or_codebook(home):
+    """The message names what differs, with both sizes."""
+    text = refusal("pretrain", home, "wrong", "tokenizer.codebook_size=32")
+    assert "quantize.embedding.weight is [16, 8] there and [32, 8] here" in text and "base/tokenizer/last.pt" in text
+    text = refusal("pretrain", home, "wrong", "tokenizer.embed_dim=64")
+    assert "[1, 1, 32] there and [1, 1, 64] here" in text
+    text = refusal("finetune", home, "wrong", "model.embed_dim=64")
+    assert "[1, 1, 32] there and [1, 1, 64] here" in text and "base/pretrain/last.pt" in text
+    assert "blocks.2." in refusal("finetune", home, "wrong", "model.depth=3")
+    assert "blocks.1." in refusal("finetune", home, "wrong", "model.depth=1")
+
+
+def test_an_empty_class_folder(home):
+    from PIL import Image
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (home / "pets" / split / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(home / "pets" / split / "cat" / "a.png")
+    for script in SCRIPTS:
+        assert "pets/train/dog" in refusal(script, home, "wrong_pets", "data.dataset=imagefolder", f"data.root={home}/pets")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_image_size_that_patches_do_not_divide(home, script):
+    text = refusal(script, home, "wrong_size", "data.image_size=18")
+    assert "18" in text and "4" in text and "patch" in text
+
+
+def test_numbers_of_masked_patches_that_cannot_be(home):
+    text = refusal("pretrain", home, "wrong_masks", "pretrain.num_masked=17")
+    assert "num_masked" in text and "17" in text and "16 patches" in text
+    assert "num_masked" in refusal("pretrain", home, "wrong_masks", "pretrain.num_masked=0")
+
+
+def test_a_layer_that_the_backbone_has_not(home):
+    assert "early_layers is 9" in refusal("pretrain", home, "wrong_layer", "pretrain.early_layers=9")
+
+
+def test_fewer_images_than_a_batch(home):
+    for script in SCRIPTS:
+        text = refusal(script, home, "wrong_batch", "data.train_images=5")
+        assert "8" in text and "5" in text and "batch" in text
+
+
+def test_a_full_disk(home, monkeypatch):
+    """/dev/full takes no byte. The message names the file; the checkpoint before stays, and the run goes on from it."""
+    output = home / "full"
+    with monkeypatch.context() as patch, pytest.raises(engine.Interrupted):
+        interrupt(patch, 3, signal.SIGTERM)
+        start("pretrain", home, "full")
+    before = (output / "pretrain/last.pt").read_bytes()
+    (output / "pretrain/last.part").symlink_to("/dev/full")
+    text = refusal("pretrain", home, "full")
+    assert f"{output}/pretrain/last.pt" in text and "free some space" in text and os.strerror(errno.ENOSPC) in text
+    assert (output / "pretrain/last.pt").read_bytes() == before
+    start("pretrain", home, "full")
+    assert not differences(metrics(home / "base/pretrain"), metrics(output / "pretrain"))
+
+
+def test_a_full_disk_as_torch_reports_it(home, monkeypatch):
+    """Some versions of torch say so in a RuntimeError."""
+    def save(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+    monkeypatch.setattr(torch, "save", save)
+    text = refusal("pretrain", home, "full_torch")
+    assert "full_torch/pretrain/last.pt" in text and "free some space" in text
+    assert {file.name for file in (home / "full_torch/pretrain").iterdir()} == {"config.yaml", "metrics.jsonl"}
+
+
+def test_a_full_disk_for_metrics(home, monkeypatch, capfd):
+    """`launch` has a sentence for files other than checkpoints, too."""
+    (home / "full_lines/pretrain").mkdir(parents=True)
+    (home / "full_lines/pretrain/metrics.jsonl").symlink_to("/dev/full")
+    monkeypatch.setattr(os, "_exit", lambda status: (_ for _ in ()).throw(SystemExit(status)))
+    sys.argv = ["pretrain.py", *arguments(home, "full_lines")]
+    with pytest.raises(SystemExit, match="1"):
+        engine.launch(pretrain.main, ModelError)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "error: " in line]
+    assert len(lines) == 1 and os.strerror(errno.ENOSPC) in lines[0]
+
+
+def assert_one_sentence(done: subprocess.CompletedProcess, *parts: str):
+    """Exit code 1, one `error:` line that holds the parts, and no traceback of ours beside torchrun's summary."""
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and all(part in lines[0] for part in parts), done.stderr
+    before = done.stderr.partition(lines[0])[0]
+    assert "Traceback" not in before and 'File "' + str(CODE) not in done.stderr
+
+
+def test_two_processes_say_a_mistake_once(home):
+    done = torchrun(2, "tokenizer.py", *arguments(home, "mistake", "data.image_size=18"))
+    assert_one_sentence(done, "patch")
+
+
+def test_base_without_imagenet_and_network(home):
+    """The message says what is missing and how to get it. No network: a proxy that nobody answers."""
+    nowhere = "http://127.0.0.1:9"
+    done = torchrun(1, "pretrain.py", "configs/base.yaml", f"output_dir={home}/imagenet", f"data.root={home}/nowhere",
+                    http_proxy=nowhere, https_proxy=nowhere, HTTPS_PROXY=nowhere, no_proxy="", NO_PROXY="",
+                    TORCH_HOME=str(home / "hub"))
+    assert_one_sentence(done, "data.root", f"{home}/nowhere")
+
+
+# --- configs, evaluation ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", sorted(CODE.glob("configs/*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("script", sorted(file.stem for file in CODE.glob("*.py") if "SECTIONS = " in file.read_text()
+                                          and file.stem not in ("engine", "data", "beitv2")))
+def test_every_config_suits_every_script(script, config):
+    """And begins with what it is for. No section says what no script reads."""
+    engine.load_config(importlib.import_module(script).SECTIONS, [str(config)])
+    assert config.read_text().startswith("# ")
+    assert yaml.safe_load(config.read_text()).keys() >= {"output_dir", "data", "model", "pretrain", "finetune"}
+
+
+def test_eval_only_repeats_the_figures_of_the_best_checkpoint(home, uninterrupted, capsys):
+    """Without weights it takes best.pt of this experiment, here the average of the weights, and trains nothing."""
+    best = torch.load(uninterrupted("finetune") / "best.pt", weights_only=True)
+    tops = [line["val"]["top1"] for line in metrics(uninterrupted("finetune")) if "val" in line]
+    assert best["val"]["top1"] == max(tops)
+    before = sorted(os.listdir(home / "whole/finetune"))
+    for weights in ("", home / "whole/finetune/best.pt"):
+        capsys.readouterr()
+        start("finetune", home, "whole", "finetune.eval_only=true", f"finetune.weights='{weights}'")
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in best["val"].items())
+        assert capsys.readouterr().out.splitlines()[-1] == shown
+    assert sorted(os.listdir(home / "whole/finetune")) == before
+    text = refusal("finetune", home, "whole", "finetune.eval_only=true")  # a pre-trained model has no head
+    assert "head." in text
+
+
+def test_from_scratch_has_a_folder_of_its_own(home, capsys):
+    """So both ways can be compared in one experiment, and the report shows them side by side."""
+    for mode in ("finetune", "linear_probe", "knn"):
+        start("finetune", home, "scratch", f"finetune.mode={mode}", "finetune.weights=none", "finetune.epochs=1",
+              "finetune.probe_epochs=1")
+        start("finetune", home, "scratch", f"finetune.mode={mode}", "finetune.epochs=1", "finetune.probe_epochs=1")
+        untrained, trained = (metrics(home / "scratch" / name)[-1]["val"] for name in (f"{mode}_scratch", mode))
+        assert untrained.keys() == trained.keys() and untrained != trained
+    capsys.readouterr()
+    start("finetune", home, "scratch", "finetune.mode=report")
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("fine-tuning"))
+    figures = [metrics(home / "scratch" / name)[-1]["val"]["top1"] for name in ("finetune_scratch", "finetune")]
+    assert row.split()[1:] == [word for value in figures for word in (f"{100 * value:.1f}", "%")]
+
+
+def test_eval_only_of_a_run_from_scratch(home, capsys):
+    """`weights: none` means the run from scratch there, too."""
+    start("finetune", home, "evaluated", "finetune.weights=none", "finetune.epochs=1")
+    start("finetune", home, "evaluated", "finetune.weights=none", "finetune.epochs=1", "finetune.eval_only=true")
+    best = torch.load(home / "evaluated/finetune_scratch/best.pt", weights_only=True)
+    assert f"top1 {best['val']['top1']:.4f}" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_no_loss_that_is_not_finite_goes_on(home):
+    """The run ends with the step, the losses before and advice."""
+    text = refusal("finetune", home, "diverged", "finetune.lr=1e30", "finetune.weights=none", "finetune.warmup_epochs=0")
+    assert "not finite at step" in text and "finetune.lr" in text
