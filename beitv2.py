@@ -15,7 +15,6 @@ K codes in the codebook.
 
 import argparse
 import math
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -306,7 +305,13 @@ def init_weights(model: nn.Module, truncate_at: float, convolutions: bool = Fals
     does not grow with depth. Norms keep ones and zeros, layer scales and bias tables their constants.
     """
     def truncated_normal_(tensor: Tensor) -> None:
-        nn.init.trunc_normal_(tensor, std=std, a=-truncate_at, b=truncate_at)
+        if truncate_at > 6 * std:  # nothing to cut off
+            tensor.normal_(std=std)
+        else:
+            # Through the inverse of the distribution function. nn.init.trunc_normal_ draws anew whatever lies outside,
+            # and at +-1 std that takes half a minute for a base model.
+            edge = math.erf(truncate_at / std / math.sqrt(2))
+            tensor.uniform_(-edge, edge).erfinv_().mul_(std * math.sqrt(2)).clamp_(-truncate_at, truncate_at)
 
     for module in model.modules():
         if isinstance(module, nn.Linear) or (convolutions and isinstance(module, nn.Conv2d)):
@@ -471,23 +476,28 @@ def read_checkpoint(path: str | Path) -> dict:
 
     Raises ModelError in one sentence if the file is missing, truncated, or holds anything else.
     """
-    import numpy as np  # official files hold numpy scalars among the training arguments
-
-    numpy_scalars = [argparse.Namespace, np.dtype, type(np.dtype("float64")), type(np.dtype("int64"))]
-    multiarray = getattr(np, "_core", np.core if not hasattr(np, "_core") else None).multiarray
-    numpy_scalars += [multiarray.scalar, (multiarray.scalar, "numpy.core.multiarray.scalar")]
     if not Path(path).is_file():
         raise ModelError(f"there is no checkpoint at '{path}'")
     try:
-        with torch.serialization.safe_globals(numpy_scalars):
+        with torch.serialization.safe_globals(plain_types()):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    except Exception as error:  # torch lets out whatever a broken file makes its unpickler trip over
+        reason = str(error).strip().split("WeightsUnpickler error: ")[-1].splitlines() or [type(error).__name__]
         raise ModelError(f"'{path}' cannot be read as a checkpoint; it is truncated, or no file of tensors and plain "
-                         f"values: copy or download it again ({reason})") from error
+                         f"values: copy or download it again ({reason[0][:200]})") from error
     if not isinstance(content, dict):
         raise ModelError(f"'{path}' holds a {type(content).__name__}, not a checkpoint with named tensors")
     return content
+
+
+def plain_types() -> list:
+    """What official files hold beside tensors, none of it code: argparse's namespace and numpy's scalars."""
+    import numpy as np
+
+    module = np._core if hasattr(np, "_core") else np.core  # numpy 2 moved it; files of both kinds exist
+    scalar_types = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"}
+    return [argparse.Namespace, np.dtype, *scalar_types,
+            *((module.multiarray.scalar, f"numpy.{name}.multiarray.scalar") for name in ("core", "_core"))]
 
 
 def model_state(content: dict, source: str) -> dict[str, Tensor]:
@@ -496,7 +506,7 @@ def model_state(content: dict, source: str) -> dict[str, Tensor]:
         if isinstance(content.get(key), dict):
             content = content[key]
             break
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise ModelError(f"'{source}' holds no model: its entries are {', '.join(map(str, list(content)[:8]))}")
     return tensors
@@ -519,9 +529,9 @@ def load_pretrained(model: nn.Module, checkpoint: str | Path | dict, source: str
     droppable, may_be_fresh = getattr(model, "droppable", ()), getattr(model, "may_be_fresh", ())
 
     shared = "rel_pos_bias.relative_position_bias_table"
-    if shared in state and shared not in target:
-        table = state.pop(shared)
-        state |= {name: table.clone() for name in target if name.endswith("attn.relative_position_bias_table")}
+    per_block = [name for name in target if name.endswith("attn.relative_position_bias_table")]
+    if per_block and shared in state and shared not in target:
+        state |= dict.fromkeys(per_block, state.pop(shared))
 
     unexpected, misfits = [], []
     for name, value in state.items():
@@ -559,7 +569,7 @@ def resize_positions(name: str, value: Tensor, target: Tensor) -> Tensor:
 
     What belongs to [CLS] is kept as it is. Anything else, and what fits already, is returned untouched.
     """
-    if value.shape == target.shape or value.shape[-1] != target.shape[-1]:
+    if value.shape == target.shape or value.ndim != target.ndim or value.shape[-1] != target.shape[-1]:
         return value
     if name.endswith("relative_position_bias_table"):
         grid, extra = value[:-3], value[-3:]
@@ -573,7 +583,7 @@ def resize_positions(name: str, value: Tensor, target: Tensor) -> Tensor:
 def resize_grid(values: Tensor, length: int) -> Tensor:
     """Interpolate a square grid of vectors, [side^2, D] row by row, to [length, D], where length is a square too."""
     old, new = math.isqrt(len(values)), math.isqrt(length)
-    if old**2 != len(values) or new**2 != length:
+    if not old or old**2 != len(values) or new**2 != length:
         return values
     values = values.float().T.reshape(1, -1, old, old)
     values = F.interpolate(values, size=(new, new), mode="bicubic", align_corners=False)

@@ -223,6 +223,7 @@ class Shapes:
 
     def __init__(self, split: str, count: int, image_size: int):
         self.split, self.size = split, image_size
+        self.drawn: dict[int, tuple] = {}  # each worker keeps what it has drawn, up to 256 MiB
         self.labels = np.arange(count) % len(self.classes)
 
     def __len__(self) -> int:
@@ -235,21 +236,29 @@ class Shapes:
         return f"shapes/{self.split}/{index}"
 
     def load(self, index: int) -> Image.Image:
-        return self.draw(index)[0]
+        return self.image_and_shape(index)[0]
 
     def segmentation(self, index: int) -> np.ndarray:
         """uint8 [H, W]: 0 = background, class + 1 = the shape."""
-        return (self.draw(index)[1] * (self.label(index) + 1)).astype(np.uint8)
+        return (self.image_and_shape(index)[1] * (self.label(index) + 1)).astype(np.uint8)
+
+    def image_and_shape(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        if index in self.drawn:
+            return self.drawn[index]
+        drawing = self.draw(index)
+        if len(self.drawn) < 2**28 // (4 * self.size**2):
+            self.drawn[index] = drawing
+        return drawing
 
     def draw(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """The picture, and where its shape is: bool [H, W]."""
         rng = np.random.default_rng((2208_06366, self.split == "val", index))
 
-        # Where: the shape's circle has a diameter of 55 to 95 % of the image, and leaves it by 3 % at most.
-        radius = rng.uniform(0.275, 0.475)
+        # Where: the shape's circle has a diameter of 76 to 94 % of the image, and leaves it by 3 % at most.
+        radius = rng.uniform(0.38, 0.47)
         centre = rng.uniform(radius - 0.03, 1.03 - radius, 2)
-        turn = rng.uniform(0, 2 * np.pi)
-        turned = radius * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+        turn = np.radians(rng.uniform(-20, 20))
+        turned = radius * np.array([[np.cos(turn), np.sin(turn)], [np.sin(turn), -np.cos(turn)]])  # rows grow downwards
         outlines = [centre + outline @ turned.T for outline in SHAPES[self.classes[self.label(index)]]]
         shape = self.stencil(outlines)  # [H, W, 1], the covered fraction of each pixel
 
@@ -275,7 +284,7 @@ class Shapes:
 
     def texture(self, rng) -> np.ndarray:
         """An offset to a colour, plain, a gradient, stripes or dots: [1 or H, 1 or W, 3], within +-0.12."""
-        kind = rng.choice(["plain", "gradient", "stripes", "dots"], p=[0.35, 0.35, 0.15, 0.15])
+        kind = rng.choice(["plain", "gradient", "stripes", "dots"], p=[0.4, 0.4, 0.1, 0.1])
         tint, angle = rng.uniform(-0.12, 0.12, 3), rng.uniform(0, 2 * np.pi)
         waves, phase = rng.uniform(3, 7), rng.uniform(0, 6)
         y, x = np.mgrid[0:self.size, 0:self.size] / self.size - 0.5  # unit square: same at any size
@@ -350,7 +359,8 @@ class TrainView(Dataset):
     label   int64, the class; index: int64, the image's place in the data set
     jitter  float32 [3], factors of brightness, contrast and saturation  (if jitter > 0)
     mask    bool [mask_grid ** 2], `num_masked` of them True              (if num_masked > 0)
-    erase   int64 [4], a box as top, left, height, width; height 0: none  (if erase, a probability, > 0)
+    erase   int64 [5], a box as top, left, height, width (height 0: none), and which noise fills it, see
+            erase_boxes                                                  (if erase, a probability, > 0)
     unreadable  "" or the names, one a line, of images that could not be read, in whose place this one came
     """
 
@@ -409,8 +419,8 @@ class TrainView(Dataset):
         if torch.rand(()) < self.erase:
             top, left, height, width, _ = RandomErasing.get_params(image, (0.02, 1 / 3), (0.3, 3.3), [0.0])
             if height < self.size:  # else no box was found, and torchvision returns the whole image
-                return torch.tensor([top, left, height, width])
-        return torch.zeros(4, dtype=torch.int64)
+                return torch.tensor([top, left, height, width, int(torch.randint(NOISE, ()))])
+        return torch.zeros(5, dtype=torch.int64)
 
 
 class TrainLoader:
@@ -516,7 +526,11 @@ class ValLoader:
     """Batches of the images rank, rank + world_size, ... No padding: a rank may have one image fewer."""
 
     def __init__(self, dataset, image_size: int, batch_size: int, rank=0, world_size=1, workers=0, indices=None):
-        mine = (range(len(dataset)) if indices is None else indices)[rank::world_size]
+        chosen = range(len(dataset)) if indices is None else indices
+        if len(chosen) < world_size:  # said on every rank, or the others would wait for this one for ever
+            raise UserError(f"{len(chosen)} image(s) to evaluate cannot be shared by {world_size} processes: use fewer "
+                            f"processes, or add validation images")
+        mine = chosen[rank::world_size]
         self.loader = DataLoader(ValView(dataset, image_size), batch_size, sampler=mine, **loader_options(workers))
 
     def __len__(self) -> int:
@@ -570,11 +584,24 @@ def channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
 
 
 def erase_boxes(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """Normalised images [B, 3, H, W] with each one's box (int64 [B, 4]: top, left, height, width) full of
-    standard normal noise, a value per pixel and channel (the paper's `--remode pixel`)."""
-    top, left, height, width = boxes[:, :, None].unbind(1)  # each [B, 1]
+    """Normalised images [B, 3, H, W] with each one's box full of standard normal noise, a value per pixel and channel.
+
+    boxes   int64 [B, 5]: top, left, height, width, and where the image's noise starts in `noise_bank`: the sample
+            brings it along, so that its noise is the same on any number of ranks
+    """
+    top, left, height, width, start = boxes[:, :, None].unbind(1)  # each [B, 1]
     y = torch.arange(images.shape[2], device=images.device)
     x = torch.arange(images.shape[3], device=images.device)
     rows, columns = (y >= top) & (y < top + height), (x >= left) & (x < left + width)  # [B, H], [B, W]
     inside = (rows[:, :, None] & columns[:, None, :])[:, None]  # [B, 1, H, W]
-    return torch.where(inside, torch.randn_like(images), images)
+    pixels = images[0].numel()
+    noise = noise_bank(pixels, images.device)[start + torch.arange(pixels, device=images.device)]  # [B, 3 * H * W]
+    return torch.where(inside, noise.view_as(images), images)
+
+
+NOISE = 2**20  # places in the bank where an image's noise may start
+
+
+@functools.cache
+def noise_bank(pixels: int, device: torch.device) -> torch.Tensor:
+    return torch.randn(NOISE + pixels, generator=torch.Generator().manual_seed(0)).to(device)

@@ -23,6 +23,7 @@ import sys
 import time
 import types
 import typing
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterator, Literal
@@ -64,7 +65,7 @@ def launch(main: Callable[[], None], *expected: type[Exception]) -> None:
     except Interrupted as stop:
         fail(str(stop), status=130)
     except KeyboardInterrupt:
-        fail("interrupted; the same command starts this stage again", status=130)
+        fail("interrupted; the same command goes on from the last checkpoint, if there was one", status=130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -150,7 +151,9 @@ def load_config(sections: dict[str, type], arguments: list[str] | None = None) -
         *parents, name = key.split(".")
         target = values
         for parent in parents:
-            target = target.setdefault(parent, {})
+            if target.get(parent) is None:  # missing, or a section without keys
+                target[parent] = {}
+            target = target[parent]
             if not isinstance(target, dict):
                 raise UserError(f"'{key}' on the command line: '{parent}' is a value, not a section")
         try:
@@ -179,7 +182,7 @@ def load_config(sections: dict[str, type], arguments: list[str] | None = None) -
 
 
 def unknown_key(key: str, source: str, valid: list[str]) -> UserError:
-    nearest = difflib.get_close_matches(key, valid, n=1, cutoff=0)[0]
+    nearest = difflib.get_close_matches(str(key), valid, n=1, cutoff=0)[0]
     return UserError(f"unknown key '{key}' in {source}; the nearest valid key is '{nearest}'")
 
 
@@ -203,6 +206,8 @@ def convert(value: Any, kind: Any) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else convert(value, arguments[0])
+    if kind is str and value is None:  # `key=` on the command line
+        return ""
     if origin is Literal:
         text = str(value).lower() if isinstance(value, bool) else value  # YAML reads true as a boolean
         if text not in arguments:
@@ -317,10 +322,12 @@ def fetch(source: str, key: str, sha256: str = "") -> Path:
         if not Path(source).is_file():
             raise UserError(f"{key} names '{source}', and there is no such file")
         return Path(source)
-    target = Path(torch.hub.get_dir()) / "checkpoints" / source.rsplit("/", 1)[-1].split("?")[0]
+    # A folder for each URL: many checkpoints are called last.pt.
+    folder = hashlib.sha256(source.encode()).hexdigest()[:8]
+    target = Path(torch.hub.get_dir()) / "checkpoints" / folder / source.rsplit("/", 1)[-1].split("?")[0]
 
     def download() -> None:
-        if target.is_file():
+        if target.is_file() and (not sha256 or file_sha256(target).startswith(sha256)):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -454,6 +461,7 @@ class Run:
 
     def __init__(self, stage: str, config: types.SimpleNamespace, train: TrainConfig):
         self.stage, self.config, self.train = stage, config, train
+        self.section = stage if stage in SECTIONS else "finetune"  # its modes have stages of their own
         self.device = setup_distributed(config.device)
         self.precision = Precision(config.precision, self.device)
         self.autocast = self.precision.autocast
@@ -462,10 +470,13 @@ class Run:
         seed_everything(config.seed)  # the same initial weights on all ranks
         say(f"{stage}: {world_size()} x {self.device.type}, {self.precision.name}, into {self.folder}")
 
+        for name, least in (("epochs", 1), ("batch_size", 1), ("log_every", 1), ("device_batch_size", 0)):
+            if getattr(train, name) < least:
+                raise UserError(f"{self.section}.{name} is {getattr(train, name)}, and must be at least {least}")
         share, remainder = divmod(train.batch_size, world_size())
         if share == 0 or remainder:
             raise UserError(f"a batch of {train.batch_size} images cannot be shared by {world_size()} processes: "
-                            f"choose {stage}.batch_size a multiple of their number")
+                            f"choose {self.section}.batch_size a multiple of their number")
         limit = train.device_batch_size or share
         self.accumulation = next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= limit)
         self.device_batch = share // self.accumulation  # images of one forward pass on this rank
@@ -473,6 +484,7 @@ class Run:
         self.step = 0  # optimizer steps done
         self.window: dict[str, list] = {}  # values of each metric since the last line of metrics.jsonl
         self.totals: dict[str, list] = {}  # [sum, count] of each metric in this epoch
+        self.recent_losses: list[float] = []  # of the window before, to be told if the next one breaks
         self.best = -math.inf  # highest score of an epoch so far
         self.stop_signal: int | None = None  # SIGINT or SIGTERM, once this rank has received one
 
@@ -490,7 +502,11 @@ class Run:
             model = torch.compile(model)
         if world_size() > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+            with warnings.catch_warnings():
+                # Buffers are counters of each rank's own. torch 2.15 has another name for this, which 2.6 has not.
+                warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
+                model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False,
+                                                gradient_as_bucket_view=True)
             self.ddp = model
         return model
 
@@ -506,10 +522,12 @@ class Run:
         self.steps_per_epoch = loader.batches_per_epoch // self.accumulation
         if self.steps_per_epoch == 0:
             raise UserError(f"the training set is smaller than one batch of {self.train.batch_size} images: "
-                            f"lower {self.stage}.batch_size or add images")
+                            f"lower {self.section}.batch_size or add images")
         self.total_steps = self.train.epochs * self.steps_per_epoch
         if self.checkpoint_file.is_file():
             self.resume(read_checkpoint(self.checkpoint_file))
+        if rank() == 0:
+            keep_lines(self.folder / "metrics.jsonl", self.step)
         if self.step >= self.total_steps:
             say(f"{self.stage}: finished already; its figures are in {self.folder / 'metrics.jsonl'}")
         if rank() == 0:
@@ -520,6 +538,9 @@ class Run:
         self.waited = 0.0  # seconds spent waiting for data in this window
 
     def resume(self, state: dict) -> None:
+        if missing := {"config", "step", "window", "totals", "best", "scaler", *self.parts} - state.keys():
+            raise UserError(f"'{self.checkpoint_file}' is no checkpoint of this stage (it lacks "
+                            f"{', '.join(sorted(missing))}): move it away, or choose another output_dir")
         # How the tokenizer was trained is the business of its own stage: its shape is checked when it is loaded.
         others = () if self.stage == "tokenizer" else ("tokenizer",)
         before, now = ({key: value for key, value in values.items() if key not in others}
@@ -531,10 +552,9 @@ class Run:
                             f"go back to it to continue, or start anew with another output_dir")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        self.precision.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty if that part of the run needed none
+            self.precision.scaler.load_state_dict(state["scaler"])
         self.step, self.window, self.totals, self.best = (state[key] for key in ("step", "window", "totals", "best"))
-        if rank() == 0:
-            keep_lines(self.folder / "metrics.jsonl", self.step)
         if self.step < self.total_steps:
             say(f"{self.stage}: going on from step {self.step} of {self.total_steps}")
 
@@ -554,11 +574,13 @@ class Run:
             save_atomically(state | plain_values, self.folder / name)
 
     def request_stop(self, number: int, frame: Any) -> None:
-        if self.stop_signal is not None:  # asked twice: the last checkpoint will do
+        if self.stop_signal is None:
+            self.stop_signal, self.stop_time = number, time.monotonic()
+            if rank() == 0:
+                print("\nstopping after this step and saving; once more to stop at once", file=sys.stderr, flush=True)
+        # Ctrl-C reaches us twice under torchrun: from the terminal, and from torchrun, which passes it on.
+        elif time.monotonic() - self.stop_time > 3:
             raise KeyboardInterrupt
-        self.stop_signal = number
-        if rank() == 0:
-            print("\nstopping after this step and saving; once more to stop at once", file=sys.stderr, flush=True)
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -618,6 +640,8 @@ class Run:
         return all_reduce_sum(torch.tensor([float(self.stop_signal is not None)], device=self.device)).item() > 0
 
     def stop(self) -> typing.NoReturn:
+        self.check_finite({name: torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in values]).cpu()
+                           for name, values in self.window.items()})
         self.save()
         raise Interrupted(f"{self.stage} is saved at step {self.step} of {self.total_steps} in "
                           f"'{self.checkpoint_file}'; the same command goes on from there")
@@ -639,13 +663,7 @@ class Run:
         means = all_reduce_sum(torch.cat(values)).cpu() / world_size()
         values = dict(zip(names, means.split(per_step)))
 
-        if "loss" in values and not values["loss"].isfinite().all():
-            bad = int((~values["loss"].isfinite()).nonzero()[0]) // self.accumulation
-            step = self.step - len(values["loss"]) // self.accumulation + bad + 1
-            recent = ", ".join(f"{v:.4g}" for v in values["loss"][:bad * self.accumulation][-5:].tolist()) or "none"
-            raise UserError(f"the loss is not finite at step {step} (the losses before: {recent}): lower "
-                            f"{self.stage}.lr, lengthen {self.stage}.warmup_epochs, or set precision=fp32; the last "
-                            f"checkpoint was saved at step {self.saved_step} and is sound")
+        self.check_finite(values)
         line = {"epoch": epoch, "step": self.step}
         for name, value in values.items():
             value = value[value.isfinite()]  # a skipped fp16 step has no gradient norm
@@ -653,12 +671,26 @@ class Run:
                 line[name] = value.mean().item()
                 total = self.totals.setdefault(name, [0.0, 0])
                 total[0], total[1] = total[0] + value.sum().item(), total[1] + len(value)
-        steps = max(map(len, self.window.values())) // self.accumulation if self.window else 0
-        line["images_per_second"] = round(steps * self.train.batch_size / seconds, 1)
+        line["images_per_second"] = round(len(self.window["lr"]) * self.train.batch_size / seconds, 1)
         line["data_wait"] = round(self.waited / seconds, 3)
         self.write(line)
         self.bar.set_postfix({key: f"{value:.4g}" for key, value in line.items() if key not in ("epoch", "step")})
         self.window, self.waited, self.window_start = {}, 0.0, time.perf_counter()
+
+    def check_finite(self, values: dict[str, Tensor]) -> None:
+        """End the run at a loss, or a gradient, that is no number. (fp16 steps with such a gradient were skipped.)"""
+        for name in ("loss",) if self.precision.scaler.is_enabled() else ("loss", "grad_norm"):
+            value = values.get(name, torch.zeros(1))
+            if not value.isfinite().all():
+                first = int((~value.isfinite()).nonzero()[0])
+                steps = len(values["lr"]) if "lr" in values else len(value)
+                step = self.step - steps + first * steps // len(value) + 1
+                recent = [*self.recent_losses, *values.get("loss", value)[:first].tolist()][-5:]
+                raise UserError(f"the {name.replace('grad_norm', 'gradient')} is not finite at step {step} (the losses "
+                                f"before: {', '.join(f'{loss:.4g}' for loss in recent) or 'none'}): lower the learning "
+                                f"rate, lengthen warmup_epochs, or set precision=fp32, and give the command again to go "
+                                f"on from the last checkpoint, of step {self.saved_step}, or start in another output_dir")
+        self.recent_losses = values.get("loss", torch.zeros(0))[-5:].tolist()
 
     def write(self, line: dict) -> None:
         if rank() == 0:

@@ -80,7 +80,7 @@ def finetune(config) -> None:
     model = Classifier(num_classes, cfg.mean_pool, cfg.init_scale, drop_path=cfg.drop_path, **backbone)
     if cfg.eval_only:
         model.may_be_fresh = ()  # a classifier with an untrained head has nothing to evaluate
-        weights = cfg.weights or str(Path(config.output_dir) / "finetune" / "best.pt")
+        weights = str(run.folder / "best.pt") if cfg.weights in ("", "none") else cfg.weights
         engine.say(load_pretrained(model, engine.fetch(weights, "finetune.weights")))
         figures = evaluate(run, model.to(run.device), val_loader)
         engine.say(", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
@@ -230,15 +230,15 @@ def linear_probe(config) -> None:
         for micro_batches in run.steps(epoch):
             engine.set_lr(optimizer, lr[run.step])
             probes.train()
+            parts = []
             for batch in micro_batches:
                 with torch.no_grad(), run.autocast():
                     tokens = backbone(data.normalize(data.to_unit(batch["image"]))).float()
-                features = {"cls": engine.gather_in_order(tokens[:, 0]),
-                            "mean": engine.gather_in_order(tokens[:, 1:].mean(dim=1))}
-                labels = engine.gather_in_order(batch["label"])
-                losses = torch.stack([F.cross_entropy(logits, labels) for logits in probes(features)])
-                run.backward(losses.sum())  # the heads share no parameter, so each sees its own loss only
-                run.record(loss=losses.min())
+                parts.append((tokens[:, 0], tokens[:, 1:].mean(dim=1), batch["label"]))
+            cls, mean, labels = (engine.gather_in_order(torch.cat(part)) for part in zip(*parts))
+            losses = torch.stack([F.cross_entropy(logits, labels) for logits in probes(dict(cls=cls, mean=mean))])
+            run.precision.scaler.scale(losses.sum()).backward()  # no parameter is shared: each head sees its own loss only
+            run.record(loss=losses.min())
             run.optimizer_step(optimizer)
 
         probes.eval()

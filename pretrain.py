@@ -55,6 +55,8 @@ def main() -> None:
     config = engine.load_config(SECTIONS)
     cfg, size = config.pretrain, config.data.image_size
     run = engine.Run("pretrain", config, cfg)
+    if cfg.num_masked < 1:
+        raise engine.UserError(f"pretrain.num_masked is {cfg.num_masked}, and there is nothing to predict: mask at least 1")
 
     train_set, val_set = data.open_datasets(config.data)
     tokenizer = vqkd.load_tokenizer(config, cfg.tokenizer_weights, "pretrain.tokenizer_weights").to(run.device)

@@ -253,7 +253,7 @@ class Quantizer(nn.Module):
         self.register_buffer("running_count", torch.ones(codebook_size))
         self.register_buffer("counts", torch.zeros(codebook_size), persistent=False)  # hits since the last update
         self.register_buffer("sums", torch.zeros(codebook_size, codebook_dim), persistent=False)  # and what hit
-        self.seen: list[Tensor] = []  # vectors since the last update, candidates for the places of dead codes
+        self.seen: list[Tensor] = []  # z of each batch since the last update, candidates for dead codes' places
 
     @torch.compiler.disable  # its bookkeeping is no graph
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,7 +267,7 @@ class Quantizer(nn.Module):
             ids = nearest_code(z.detach().flatten(0, 1), self.embedding.weight).view(z.shape[:2])  # equation 1
             codes = self.embedding(ids)
             if self.training:
-                self.count(z.detach().flatten(0, 1), ids.flatten())
+                self.count(z.detach(), ids)
             commitment_loss = self.commitment_beta * F.mse_loss(z, codes)  # a mean over all elements, as published
             codes = z + (codes - z).detach()
             return codes, ids, commitment_loss
@@ -275,8 +275,8 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def count(self, z: Tensor, ids: Tensor) -> None:
         """Add up what hit each code: K sums instead of the published code's N x K one-hot matrix."""
-        self.counts.index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
-        self.sums.index_add_(0, ids, z)
+        self.counts.index_add_(0, ids.flatten(), torch.ones_like(ids.flatten(), dtype=torch.float32))
+        self.sums.index_add_(0, ids.flatten(), z.flatten(0, 1))
         if self.revive_below:
             self.seen.append(z)
 
@@ -298,7 +298,7 @@ class Quantizer(nn.Module):
         if self.revive_below:
             # The i-th dead code takes the i-th of the shuffled candidates. No size here depends on how many are dead,
             # so the host need not wait for the device to count them.
-            candidates = engine.gather_in_order(torch.cat(self.seen))
+            candidates = engine.gather_in_order(torch.cat(self.seen)).flatten(0, 1)
             generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(len(candidates), generator=generator)[:len(weight)].to(weight.device)
             dead = self.running_count < self.revive_below
@@ -511,10 +511,8 @@ def init_codebook(run: engine.Run, model: VQKD) -> None:
     """Begin with k-means over the vectors of the first optimizer step's images, gathered from all ranks."""
     batches = run.loader.epoch(0)
     with torch.no_grad(), run.autocast():
-        z = torch.cat([model.encode(data.to_unit(batch["image"])).flatten(0, 1) for batch in run.micro_batches(batches)])
-    # Images are dealt out to ranks one by one, so whole images are what goes back into global order.
-    images = engine.gather_in_order(z.unflatten(0, (-1, model.encoder.num_patches)))
-    model.quantize.init_from(images.flatten(0, 1), seed=run.config.seed)
+        z = torch.cat([model.encode(data.to_unit(batch["image"])) for batch in run.micro_batches(batches)])  # [B, N, D]
+    model.quantize.init_from(engine.gather_in_order(z).flatten(0, 1), seed=run.config.seed)
 
 
 @torch.no_grad()

@@ -170,14 +170,14 @@ def test_erased_boxes_have_the_asked_probability_and_area():
     boxes = torch.stack([view[epoch, 0]["erase"] for epoch in range(600)])
     erased = boxes[boxes[:, 2] > 0]
     assert 0.19 < len(erased) / 600 < 0.31
-    assert (erased[:, :2] + erased[:, 2:] <= 64).all() and (erased[:, :2] >= 0).all()
+    assert (erased[:, :2] + erased[:, 2:4] <= 64).all() and (erased[:, :2] >= 0).all()
     area = erased[:, 2] * erased[:, 3] / 64 ** 2
     assert 0.015 < area.min() and area.max() < 0.345 and area.max() > 0.25
 
 
 def test_where_torchvision_finds_no_box_nothing_is_erased(monkeypatch):
     monkeypatch.setattr(data.RandomErasing, "get_params", lambda image, *_: (0, 0, *image.shape[1:], image))
-    assert data.TrainView(shapes(), 0, 16, erase=1.0)[0, 0]["erase"].tolist() == [0, 0, 0, 0]
+    assert data.TrainView(shapes(), 0, 16, erase=1.0)[0, 0]["erase"].tolist() == [0] * 5
 
 
 # --- epochs ----------------------------------------------------------------------------------------------------
@@ -475,7 +475,7 @@ def test_normalize_is_torchvisions():
 def test_erase_boxes_fills_the_boxes_with_normal_noise_and_nothing_else():
     torch.manual_seed(0)
     images = torch.full((3, 3, 64, 64), 7.0)
-    boxes = torch.tensor([[2, 5, 40, 50], [0, 0, 0, 0], [60, 60, 4, 4]])
+    boxes = torch.tensor([[2, 5, 40, 50, 0], [0, 0, 0, 0, 0], [60, 60, 4, 4, data.NOISE - 1]])
     erased = data.erase_boxes(images, boxes)
     changed = erased != 7
     expected = torch.zeros(3, 64, 64, dtype=torch.bool)
@@ -484,3 +484,10 @@ def test_erase_boxes_fills_the_boxes_with_normal_noise_and_nothing_else():
     noise = erased[0][:, 2:42, 5:55]
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
     assert not torch.equal(noise[0], noise[1]), "a value per channel"
+
+
+def test_erased_noise_belongs_to_the_sample_and_not_to_its_batch():
+    images, boxes = torch.zeros(2, 3, 16, 16), torch.tensor([[0, 0, 8, 8, 7], [0, 0, 8, 8, 99]])
+    both = data.erase_boxes(images, boxes)
+    assert torch.equal(both[1:], data.erase_boxes(images[1:], boxes[1:]))
+    assert not torch.equal(both[0], both[1])
