@@ -625,7 +625,7 @@ class Run:
         self.precision.scaler.scale(loss / self.accumulation).backward()
 
     def optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip, step, clear; records the gradient norm and the learning rate of the head-most group."""
+        """Clip, step, clear; records the gradient norm and the highest learning rate of all groups."""
         scaler = self.precision.scaler
         scaler.unscale_(optimizer)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -637,7 +637,10 @@ class Run:
 
     def asked_to_stop(self) -> bool:
         """Whether any rank was asked to stop. They must all stop at the same step, so they must all ask."""
-        return all_reduce_sum(torch.tensor([float(self.stop_signal is not None)], device=self.device)).item() > 0
+        asked = self.stop_signal is not None
+        if world_size() == 1:
+            return asked
+        return all_reduce_sum(torch.tensor([float(asked)], device=self.device)).item() > 0
 
     def stop(self) -> typing.NoReturn:
         self.check_finite({name: torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in values]).cpu()
