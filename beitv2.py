@@ -465,8 +465,8 @@ class LoadReport:
         parts = [f"loaded {len(self.loaded)} tensors from {self.source}"]
         for verb in ("resized", "dropped", "fresh"):
             if names := getattr(self, verb):
-                # Names of one kind are told once: blocks.0.attn.x, blocks.1.attn.x -> blocks.*.attn.x
-                kinds = {".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names}
+                # One word for all tensors of a kind: of positions the last part of the name, of others the first.
+                kinds = {name.split(".")[-1 if "pos" in name.split(".")[-1] else 0] for name in names}
                 parts.append(f"{verb} {len(names)} ({', '.join(sorted(kinds))})")
         return "; ".join(parts)
 

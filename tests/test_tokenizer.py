@@ -1,0 +1,223 @@
+"""The tokenizer's own parts: HOG, the teachers' renamed keys, the quantizer's bookkeeping, usage and collapse.
+
+What the published code computes is compared in test_parity.py; the training loop, alone and in two processes, in
+test_scripts.py.
+"""
+
+import math
+import types
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import beitv2
+import tokenizer as vqkd
+from engine import UserError
+
+
+def quantizer(codes=8, dim=4, **options) -> vqkd.Quantizer:
+    torch.manual_seed(0)
+    return vqkd.Quantizer(codes, dim, **options).train()
+
+
+# -- HOG --------------------------------------------------------------------------------------------------------
+
+
+def test_hog_has_four_cells_three_colours_and_nine_orientations():
+    teacher = vqkd.HOG(patch_size=8)
+    features = teacher(torch.rand(2, 3, 24, 24))
+    assert features.shape == (2, 9, teacher.output_dim) and teacher.output_dim == 4 * 3 * 9
+
+
+@pytest.mark.parametrize("degrees", [0, 40, 90, 150])
+def test_hog_of_a_ramp_points_along_its_gradient(degrees):
+    """An image that grows in one direction has all its gradient in the bins around that direction."""
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    angle = math.radians(degrees)
+    image = 0.5 + (x * math.cos(angle) + y * math.sin(angle)) / 100
+    histogram = vqkd.HOG(8)(image.expand(1, 3, 32, 32))[0, 5].view(3, 9, 4)  # an inner patch
+    share = degrees / 180 * 9
+    lower, upper = int(share) % 9, (int(share) + 1) % 9
+    expected = torch.zeros(9)
+    expected[lower], expected[upper] = 1 - share % 1, share % 1
+    assert F.cosine_similarity(histogram[0, :, 0], expected - expected.mean(), dim=0) > 0.999
+    assert torch.allclose(histogram, histogram[:1, :, :1].expand_as(histogram), atol=1e-3), "alike in colours and cells"
+
+
+def test_hog_ignores_brightness_and_mirrors_with_the_image():
+    teacher, images = vqkd.HOG(8), torch.rand(1, 3, 16, 16)
+    assert torch.allclose(teacher(images), teacher(images * 0.5 + 0.3), atol=0.03)
+    assert teacher(torch.full((1, 3, 16, 16), 0.3)).abs().max() == 0, "nothing to see in a flat image"
+    mirrored = teacher(images.flip(-1)).view(2, 2, 3, 9, 2, 2).flip(1).flip(-1)
+    orientations = [-bin % 9 for bin in range(9)]
+    assert torch.allclose(mirrored[..., orientations, :, :].reshape(1, 4, -1), teacher(images), atol=1e-5)
+
+
+def test_hog_refuses_patches_that_it_cannot_halve():
+    with pytest.raises(beitv2.ModelError, match="even, not 7"):
+        vqkd.HOG(7)
+
+
+# -- Teachers ---------------------------------------------------------------------------------------------------
+
+
+def dinov2_checkpoint(teacher: vqkd.Teacher) -> dict:
+    """A DINOv2 file that holds this teacher: its names, a bias for the keys too, and a mask token."""
+    state = {"mask_token": torch.zeros(1, 8)}
+    for name, value in teacher.state_dict().items():
+        name = name.removeprefix("backbone.").replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")
+        state[name] = torch.randn_like(value)
+    for block in range(2):
+        stem = f"blocks.{block}.attn."
+        q, v = state.pop(stem + "q_bias"), state.pop(stem + "v_bias")
+        state[stem + "qkv.bias"] = torch.cat([q, torch.randn_like(q), v])
+    return state
+
+
+@pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg"])
+def test_dinov2_loads_key_for_key_with_and_without_registers(name):
+    teacher = vqkd.build_teacher(name, 2, dict(size=(8, 2, 2), patch_size=14))
+    state = dinov2_checkpoint(teacher)
+    report = beitv2.load_pretrained(teacher, vqkd.rename_dino_keys(dict(state)))
+    assert not report.dropped and not report.fresh
+    assert torch.equal(teacher.backbone.blocks[1].gamma_2, state["blocks.1.ls2.gamma"])
+    assert torch.equal(teacher.backbone.blocks[1].attn.v_bias, state["blocks.1.attn.qkv.bias"][16:])
+    features = teacher(torch.rand(1, 3, 32, 32))
+    assert features.shape == (1, 4, 8), "a patch for each of ours, whatever the size of the image; no registers"
+
+
+def test_the_bias_of_the_keys_may_be_dropped():
+    """Softmax over keys does not change when the same number is added to all logits of a query."""
+    torch.manual_seed(0)
+    q, k, v, bias = torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 4), torch.randn(4)
+    attention = F.scaled_dot_product_attention
+    assert torch.allclose(attention(q, k + bias, v), attention(q, k, v), atol=1e-6)
+
+
+def test_clip_archives_are_opened_only_if_they_are_openais(tmp_path):
+    """TorchScript is code: a file that is not the published one is refused before it is opened."""
+    warnings.simplefilter("ignore")  # torch would rather see other formats; OpenAI's is this one
+    archive = tmp_path / "clip.pt"
+    torch.jit.script(torch.nn.Linear(2, 2)).save(archive)
+    with pytest.raises(UserError, match="neither a plain state dict nor OpenAI's"):
+        vqkd.read_clip(archive, "0" * 64)
+    assert set(vqkd.read_clip(archive, vqkd.engine.file_sha256(archive))) == {"weight", "bias"}
+
+
+def test_clip_weights_without_an_image_tower_are_refused():
+    with pytest.raises(UserError, match="no image tower"):
+        vqkd.rename_clip_keys({"transformer.x": torch.zeros(1)})
+
+
+# -- The quantizer ----------------------------------------------------------------------------------------------
+
+
+def test_nearest_code_is_that_of_brute_force_in_any_chunks():
+    torch.manual_seed(0)
+    z, codebook = torch.randn(50, 4), torch.randn(8, 4)
+    expected = (z[:, None] - codebook).square().sum(dim=2).argmin(dim=1)
+    for chunk in (1, 7, 100):
+        assert torch.equal(vqkd.nearest_code(z, codebook, chunk), expected)
+
+
+def test_the_gradient_passes_straight_through_to_z_and_never_to_the_codes():
+    q = quantizer()
+    z = torch.randn(2, 3, 4, requires_grad=True)
+    codes, ids, _ = q(z)
+    assert torch.allclose(codes, q.embedding(ids), atol=1e-6)
+    weights = torch.randn(2, 3, 4)
+    (codes * weights).sum().backward()
+    same = z.detach().clone().requires_grad_()
+    (F.normalize(same, dim=-1) * weights).sum().backward()
+    assert torch.allclose(z.grad, same.grad) and q.embedding.weight.grad is None
+
+
+def test_codes_move_once_per_step_from_summed_counts():
+    """Two micro-batches and one update are one batch and one update; codes without a hit stay where they were."""
+    parts, whole = quantizer(codes=32), quantizer(codes=32)
+    z = torch.randn(4, 5, 4)
+    before = parts.embedding.weight.clone()
+    parts(z[:2]), parts(z[2:]), whole(z)
+    hits = parts.update(seed=0)
+    assert torch.equal(hits, whole.update(seed=0)) and hits.sum() == 20
+    assert torch.allclose(parts.embedding.weight, whole.embedding.weight, atol=1e-6)
+    moved = (parts.embedding.weight - before).abs().amax(dim=1) > 1e-6
+    assert not moved[hits == 0].any() and moved[hits > 0].all()
+    assert torch.allclose(parts.embedding.weight.norm(dim=1), torch.ones(32))
+
+
+def test_evaluation_counts_and_moves_nothing():
+    q = quantizer().eval()
+    q(torch.randn(2, 3, 4))
+    assert q.counts.sum() == 0 and q.sums.abs().sum() == 0 and not q.seen
+
+
+def test_codes_are_fp32_under_autocast():
+    """In half precision neighbouring codes fall together: ids must be those of float32."""
+    q, z = quantizer(codes=512, dim=8), torch.randn(4, 64, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        codes, ids, loss = q(z)
+    assert codes.dtype == loss.dtype == torch.float32
+    assert torch.equal(ids, q(z)[1])
+
+
+def test_dead_codes_return_on_vectors_of_the_batch_and_living_ones_stay():
+    q = quantizer(codes=16, ema_decay=0.5, revive_below=0.3)
+    with torch.no_grad():
+        q.embedding.weight.copy_(F.normalize(torch.tensor([[1.0, 0.02 * i, 0, 0] for i in range(16)]), dim=1))
+    z = torch.tensor([[-1.0, 0.1, 0, 0], [-1.0, 0, 0.1, 0]]).expand(1, 2, 4)
+    for step in range(2):  # an unhit code's count falls from 1 to .5 to .25
+        q(z)
+        dead = q.running_count.clone() * 0.5 + 0.5 * q.counts < 0.3
+        before = q.embedding.weight.clone()
+        q.update(seed=step)
+    assert dead.sum() == 15, "one code, the nearest, has all the hits"
+    assert (F.normalize(z[0], dim=1) @ q.embedding.weight[dead].T).amax(dim=0).min() > 0.999
+    mean = F.normalize(F.normalize(z[0], dim=1).mean(dim=0), dim=0)
+    averaged = F.normalize(0.5 * before[~dead] + 0.5 * mean, dim=1)
+    assert torch.allclose(q.embedding.weight[~dead], averaged, atol=1e-6), "a living code only follows its average"
+    assert torch.equal(q.running_count[dead], torch.ones(15)) and not q.seen
+
+
+def test_kmeans_finds_separate_clusters_alike_for_every_order_of_magnitude():
+    torch.manual_seed(1)
+    centres = F.normalize(torch.randn(6, 16), dim=1)
+    z = (centres.repeat(50, 1) + 0.05 * torch.randn(300, 16)) * torch.rand(300, 1).add(0.1)
+    q = quantizer(codes=24, dim=16)
+    q.init_from(z, seed=0)
+    best = (centres @ q.embedding.weight.T).amax(dim=1)
+    assert best.min() > 0.97 and torch.allclose(q.embedding.weight.norm(dim=1), torch.ones(24), atol=1e-5)
+
+
+def test_kmeans_with_fewer_vectors_than_codes():
+    q = quantizer(codes=24)
+    q.init_from(torch.randn(5, 4), seed=0)
+    assert q.embedding.weight.isfinite().all()
+
+
+# -- Usage ------------------------------------------------------------------------------------------------------
+
+
+def test_perplexity_is_the_number_of_equally_used_codes():
+    assert vqkd.perplexity(torch.tensor([3.0, 3, 3, 0])).item() == pytest.approx(3)
+    assert vqkd.perplexity(torch.tensor([7.0, 0, 0, 0])).item() == pytest.approx(1)
+    p = torch.tensor([0.5, 0.25, 0.25])
+    assert vqkd.perplexity(8 * p).item() == pytest.approx(math.exp(-(p * p.log()).sum()))
+
+
+def test_usage_can_be_full_while_perplexity_shows_the_collapse():
+    usage = vqkd.CodeUsage(100, torch.device("cpu"))
+    usage.add(torch.ones(100))
+    usage.add(torch.nn.functional.one_hot(torch.tensor(3), 100) * 1e6)
+    figures = usage.figures()
+    assert figures["usage"] == 1 and figures["perplexity"] < 1.01
+
+
+def test_a_collapse_ends_the_run_with_advice_but_not_during_warm_up():
+    config = types.SimpleNamespace(tokenizer=vqkd.TokenizerConfig(codebook_size=1024, warmup_epochs=2))
+    vqkd.check_collapse(7.0, epoch=0, config=config)
+    vqkd.check_collapse(500.0, epoch=5, config=config)
+    with pytest.raises(UserError, match="about 7 are in use.*revive_below=0.1"):
+        vqkd.check_collapse(7.0, epoch=1, config=config)
