@@ -149,7 +149,10 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Cuts images into patches and projects each: a convolution whose stride is its kernel. [B, C, S, S] -> [B, N, D]"""
+    """Cuts images into patches and projects each, by a convolution whose stride is its kernel.
+
+    [B, C, S, S] -> [B, N, D]
+    """
 
     def __init__(self, patch_size: int, in_channels: int, dim: int):
         super().__init__()

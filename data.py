@@ -112,8 +112,8 @@ def open_folder(root: str, split: str) -> Images:
     """ROOT/SPLIT/CLASS/*.jpg; labels number the class folders of ROOT/train in alphabetical order."""
     folder = os.path.join(root, split)
     if not os.path.isdir(folder):
-        raise UserError(f"data.root: '{root}' has no folder '{split}': put ImageNet-style folders {root}/train/CLASS/*.jpg "
-                        f"and {root}/val/CLASS/*.jpg there, or set data.root=PATH to where they are")
+        raise UserError(f"data.root: '{root}' has no folder '{split}': put ImageNet-style folders {root}/train/CLASS/*.jpg"
+                        f" and {root}/val/CLASS/*.jpg there, or set data.root=PATH to where they are")
     classes = class_folders(folder)
     if not classes:
         raise UserError(f"data.root: '{folder}' has no class folders: put the images into {folder}/CLASS/*.jpg")
@@ -121,7 +121,7 @@ def open_folder(root: str, split: str) -> Images:
     if split == "val" and os.path.isdir(train_folder) and classes != class_folders(train_folder):
         differing = sorted(set(classes) ^ set(class_folders(train_folder)))
         raise UserError(f"data.root: '{train_folder}' and '{folder}' must hold the same class folders, but only one of "
-                        f"them has {', '.join(differing[:5])}{' …' if len(differing) > 5 else ''}: add or remove these")
+                        f"them has {', '.join(differing[:5])}{' …' * (len(differing) > 5)}: add or remove these")
 
     samples = tv.folder.make_dataset(folder, {name: i for i, name in enumerate(classes)},
                                      extensions=tv.folder.IMG_EXTENSIONS, allow_empty=True)
@@ -140,7 +140,8 @@ def class_folders(folder: str) -> list[str]:
 # name: (how torchvision opens it, where it keeps the images, and the labels)
 NAMED = {
     "cifar10": (lambda root, train, get: tv.CIFAR10(root, train, download=get), lambda d: d.data, lambda d: d.targets),
-    "cifar100": (lambda root, train, get: tv.CIFAR100(root, train, download=get), lambda d: d.data, lambda d: d.targets),
+    "cifar100": (lambda root, train, get: tv.CIFAR100(root, train, download=get),
+                 lambda d: d.data, lambda d: d.targets),
     "stl10": (lambda root, train, get: tv.STL10(root, "train" if train else "test", download=get),
               lambda d: d.data.transpose(0, 2, 3, 1), lambda d: d.labels),
     "imagenette": (lambda root, train, get: tv.Imagenette(root, "train" if train else "val", download=get),
@@ -167,7 +168,7 @@ def open_named(config: DataConfig, root: str, split: str) -> Images:
             data = open_it(root, split == "train", True)
         except Exception as error:  # no network, a full disk, a broken archive
             raise UserError(f"data.download: {config.dataset} could not be fetched into '{root}' ({one_line(error)}): "
-                            f"check the network and the disk, or put it there by hand and set data.download=false") from error
+                            f"check the network and the disk, or put it there by hand") from error
     classes = [name if isinstance(name, str) else name[0] for name in data.classes]
     return Images(images_of(data), labels_of(data), classes, title=f"{config.dataset}/{split}")
 
@@ -196,7 +197,8 @@ def corners(*radii: float, turn=90.0):
 
 def heart():
     t = np.linspace(0, 2 * np.pi, 60)
-    return np.stack([16 * np.sin(t) ** 3, 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t) + 2], 1) / 17
+    x, y = 16 * np.sin(t) ** 3, 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t) + 2
+    return np.stack([x, y], axis=1) / 17
 
 
 # Outlines within the unit circle, y upwards: one polygon, or a polygon and the hole in it.
@@ -269,7 +271,8 @@ class Shapes:
         canvas = back + self.texture(rng)
         for _ in range(rng.integers(2, 6)):  # clutter behind the shape: dots and strokes that are no shape
             spot, colour = rng.uniform(0, 1, 2), (back + rng.uniform(0, 1, 3)) / 2
-            clutter = self.stencil([stroke(spot, spot + rng.normal(0, 0.12, 2) * rng.integers(0, 2), rng.uniform(0.02, 0.06))])
+            end = spot + rng.normal(0, 0.12, 2) * rng.integers(0, 2)
+            clutter = self.stencil([stroke(spot, end, width=rng.uniform(0.02, 0.06))])
             canvas = canvas + clutter * (colour - canvas)
         canvas = canvas + shape * (fore + self.texture(rng) - canvas)  # [H, W, 3]
         image = Image.fromarray((255 * canvas.clip(0, 1)).round().astype(np.uint8))
@@ -311,7 +314,8 @@ def stroke(start, end, width: float) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def block_mask(grid: int, num_masked: int, min_block: int = 16, generator: torch.Generator | None = None) -> torch.Tensor:
+def block_mask(grid: int, num_masked: int, min_block: int = 16,
+               generator: torch.Generator | None = None) -> torch.Tensor:
     """bool [grid * grid] with exactly `num_masked` True, mostly in rectangles of `min_block` patches or more.
 
     UserError when there are fewer than `num_masked` patches. Without a generator, torch's default one.
@@ -428,17 +432,22 @@ class TrainLoader:
 
     batch_size is that of one device batch: global batch / (ranks * accumulation steps). Rank r of W takes the
     positions r, r + W, ... of the epoch's order, so that batch b of all ranks together is batch b of a single
-    process with the whole batch. What does not fill a batch at the end of an epoch is left out.
+    process with the whole batch. What does not fill a batch at the end of an epoch is left out. rank and
+    world_size are those of the process group, unless given.
     """
 
-    def __init__(self, view: TrainView, batch_size: int, seed: int, rank=0, world_size=1, workers=0):
+    def __init__(self, view: TrainView, batch_size: int, seed: int, rank=None, world_size=None, workers=0):
+        rank = engine.rank() if rank is None else rank
+        world_size = engine.world_size() if world_size is None else world_size
         self.view, self.unreadable = view, set()
         self.batches = EpochBatches(view, batch_size, seed, rank, world_size)
         self.batches_per_epoch = len(view) // world_size // batch_size
         if self.batches_per_epoch == 0:
-            raise UserError(f"{world_size} process(es) with {batch_size} images each need {world_size * batch_size} training "
-                            f"images at once, but there are only {len(view)}: lower the batch size or use fewer processes")
-        self.loader = DataLoader(view, batch_sampler=self.batches, persistent_workers=workers > 0, **loader_options(workers))
+            raise UserError(f"{world_size} process(es) with {batch_size} images each need {world_size * batch_size} "
+                            f"training images at once, but there are only {len(view)}: lower the batch size or use "
+                            f"fewer processes")
+        self.loader = DataLoader(view, batch_sampler=self.batches, persistent_workers=workers > 0,
+                                 **loader_options(workers))
 
     def epoch(self, epoch: int, start: int = 0):
         """Yields the epoch's collated batches (dicts of tensors, see TrainView) from number `start` on.
@@ -457,7 +466,7 @@ class TrainLoader:
                 print(f"warning: '{name}' cannot be read, replaced by another image", file=sys.stderr)
         if len(self.unreadable) > 0.01 * len(self.view):
             raise UserError(f"{len(self.unreadable)} of {len(self.view)} training images cannot be read, among them "
-                            f"'{min(self.unreadable)}': that is more than 1 %, so repair or remove them before training")
+                            f"'{min(self.unreadable)}': that is more than 1 %, so repair or remove them first")
 
 
 class EpochBatches:
@@ -523,9 +532,15 @@ class ValView(Dataset):
 
 
 class ValLoader:
-    """Batches of the images rank, rank + world_size, ... No padding: a rank may have one image fewer."""
+    """Batches of the images (or of those in `indices`), each once over all ranks: dicts as of ValView, collated.
 
-    def __init__(self, dataset, image_size: int, batch_size: int, rank=0, world_size=1, workers=0, indices=None):
+    Rank r of W has positions r, r + W, ... No padding: a rank may have one image fewer than another. UserError if
+    there are more ranks than images; while iterating, if an image cannot be read.
+    """
+
+    def __init__(self, dataset, image_size: int, batch_size: int, rank=None, world_size=None, workers=0, indices=None):
+        rank = engine.rank() if rank is None else rank
+        world_size = engine.world_size() if world_size is None else world_size
         chosen = range(len(dataset)) if indices is None else indices
         if len(chosen) < world_size:  # said on every rank, or the others would wait for this one for ever
             raise UserError(f"{len(chosen)} image(s) to evaluate cannot be shared by {world_size} processes: use fewer "
@@ -538,11 +553,6 @@ class ValLoader:
 
     def __iter__(self):
         return with_plain_errors(self.loader)
-
-
-def val_loader(dataset, image_size: int, batch_size: int, rank=0, world_size=1, workers=0, indices=None) -> ValLoader:
-    """Over all ranks every image (or those in `indices`) once. UserError names the file that cannot be read."""
-    return ValLoader(dataset, image_size, batch_size, rank, world_size, workers, indices)
 
 
 # ---------------------------------------------------------------------------------------------------------

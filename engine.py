@@ -331,7 +331,7 @@ def fetch(source: str, key: str, sha256: str = "") -> Path:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(source, str(target), hash_prefix=sha256 or None, progress=sys.stderr.isatty())
+            torch.hub.download_url_to_file(source, str(target), sha256 or None, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot download {source} ({error}): download it where there is a network and set "
                             f"{key}=PATH") from error
@@ -478,7 +478,7 @@ class Run:
             raise UserError(f"a batch of {train.batch_size} images cannot be shared by {world_size()} processes: "
                             f"choose {self.section}.batch_size a multiple of their number")
         limit = train.device_batch_size or share
-        self.accumulation = next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= limit)
+        self.accumulation = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= limit)
         self.device_batch = share // self.accumulation  # images of one forward pass on this rank
 
         self.step = 0  # optimizer steps done
@@ -689,10 +689,11 @@ class Run:
                 steps = len(values["lr"]) if "lr" in values else len(value)
                 step = self.step - steps + first * steps // len(value) + 1
                 recent = [*self.recent_losses, *values.get("loss", value)[:first].tolist()][-5:]
+                told = ", ".join(f"{loss:.4g}" for loss in recent) or "none"
                 raise UserError(f"the {name.replace('grad_norm', 'gradient')} is not finite at step {step} (the losses "
-                                f"before: {', '.join(f'{loss:.4g}' for loss in recent) or 'none'}): lower the learning "
-                                f"rate, lengthen warmup_epochs, or set precision=fp32, and give the command again to go "
-                                f"on from the last checkpoint, of step {self.saved_step}, or start in another output_dir")
+                                f"before: {told}): start in another output_dir with a lower {self.section}.lr, a longer "
+                                f"{self.section}.warmup_epochs, or precision=fp32, which alone can also go on from the "
+                                f"last checkpoint, of step {self.saved_step}")
         self.recent_losses = values.get("loss", torch.zeros(0))[-5:].tolist()
 
     def write(self, line: dict) -> None:

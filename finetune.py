@@ -13,7 +13,7 @@ something is trained.
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -52,7 +52,7 @@ class FinetuneConfig(engine.TrainConfig):
     label_smoothing: float = 0.1
     ema_decay: float = 0.0  # evaluate a moving average of the weights; 0: the weights themselves
     probe_epochs: int = 50  # linear_probe only
-    probe_lrs: list[float] = dataclasses.field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0, 3.0])  # all in one pass
+    probe_lrs: list[float] = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0, 3.0])  # all in one pass
     knn_k: int = 20  # knn only: how many neighbours vote
 
 
@@ -92,7 +92,7 @@ def finetune(config) -> None:
     average = engine.MeanOfWeights(model, cfg.ema_decay) if cfg.ema_decay else None
 
     view = data.TrainView(train_set, config.seed, size, cfg.crop_scale, rand_augment=cfg.rand_augment, erase=cfg.erase)
-    loader = data.TrainLoader(view, run.device_batch, config.seed, engine.rank(), engine.world_size(), config.data.workers)
+    loader = data.TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
     run.begin(loader, read_checkpoint, model=model, optimizer=optimizer, **({"average": average} if average else {}))
     lr = engine.cosine_schedule(cfg.lr, cfg.min_lr, cfg.epochs, run.steps_per_epoch, cfg.warmup_epochs)
     mix = batch_mixer(cfg, num_classes)
@@ -127,8 +127,8 @@ def finetune(config) -> None:
 
 def batch_mixer(cfg: FinetuneConfig, num_classes: int):
     """MixUp, CutMix, one of them by a coin, or neither: (images, labels) -> (images, labels)."""
-    mixers = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in ((v2.MixUp, cfg.mixup), (v2.CutMix, cfg.cutmix))
-              if alpha > 0]
+    kinds = ((v2.MixUp, cfg.mixup), (v2.CutMix, cfg.cutmix))
+    mixers = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0]
     return v2.RandomChoice(mixers) if mixers else lambda images, labels: (images, labels)
 
 
@@ -138,7 +138,7 @@ def evaluate(run: engine.Run, model: nn.Module, loader) -> dict[str, float]:
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=run.device)  # loss, hits at 1, hits at 5, images
     for batch in loader:
-        images, labels = batch["image"].to(run.device, non_blocking=True), batch["label"].to(run.device, non_blocking=True)
+        images, labels = (batch[key].to(run.device, non_blocking=True) for key in ("image", "label"))
         with run.autocast():
             logits = model(data.normalize(data.to_unit(images)))
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
@@ -173,8 +173,8 @@ def knn(config) -> None:
     train_set, val_set = data.open_datasets(config.data)
     model = open_backbone(run)
     bank, queries = frozen_features(run, model, train_set), frozen_features(run, model, val_set)
-    figures = {kind: engine.knn_accuracy(bank[kind], bank["labels"], queries[kind], queries["labels"], config.finetune.knn_k)
-               for kind in ("cls", "mean")}
+    figures = {kind: engine.knn_accuracy(bank[kind], bank["labels"], queries[kind], queries["labels"],
+                                         config.finetune.knn_k) for kind in ("cls", "mean")}
     engine.on_main(lambda: engine.keep_lines(run.folder / "metrics.jsonl", -1))
     run.write({"epoch": 0, "step": 0, "val": figures})
     engine.say(f"k-NN accuracy: [CLS] {figures['cls']:.4f}, mean patch {figures['mean']:.4f}")
@@ -221,7 +221,7 @@ def linear_probe(config) -> None:
     optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
 
     view = data.TrainView(train_set, config.seed, config.data.image_size, cfg.crop_scale)
-    loader = data.TrainLoader(view, run.device_batch, config.seed, engine.rank(), engine.world_size(), config.data.workers)
+    loader = data.TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
     run.begin(loader, read_checkpoint, probes=probes, optimizer=optimizer)
     lr = engine.cosine_schedule(1.0, 0.0, schedule.epochs, run.steps_per_epoch, warmup_epochs=0)
     val = frozen_features(run, backbone, val_set)
@@ -237,7 +237,8 @@ def linear_probe(config) -> None:
                 parts.append((tokens[:, 0], tokens[:, 1:].mean(dim=1), batch["label"]))
             cls, mean, labels = (engine.gather_in_order(torch.cat(part)) for part in zip(*parts))
             losses = torch.stack([F.cross_entropy(logits, labels) for logits in probes(dict(cls=cls, mean=mean))])
-            run.precision.scaler.scale(losses.sum()).backward()  # no parameter is shared: each head sees its own loss only
+            # The heads share no parameter, so each sees its own loss only.
+            run.precision.scaler.scale(losses.sum()).backward()
             run.record(loss=losses.min())
             run.optimizer_step(optimizer)
 
@@ -269,8 +270,7 @@ def load_weights(config, model: nn.Module) -> None:
 
 
 def open_val_loader(run: engine.Run, dataset):
-    return data.val_loader(dataset, run.config.data.image_size, run.device_batch, engine.rank(), engine.world_size(),
-                           run.config.data.workers)
+    return data.ValLoader(dataset, run.config.data.image_size, run.device_batch, workers=run.config.data.workers)
 
 
 def report(config) -> None:

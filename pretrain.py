@@ -48,7 +48,8 @@ class PretrainConfig(engine.TrainConfig):
     knn_images: int = 20000  # training images that the pulse compares with, evenly chosen
 
 
-SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "tokenizer": vqkd.TokenizerConfig, "pretrain": PretrainConfig}
+SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "tokenizer": vqkd.TokenizerConfig,
+            "pretrain": PretrainConfig}
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def main() -> None:
     cfg, size = config.pretrain, config.data.image_size
     run = engine.Run("pretrain", config, cfg)
     if cfg.num_masked < 1:
-        raise engine.UserError(f"pretrain.num_masked is {cfg.num_masked}, and there is nothing to predict: mask at least 1")
+        raise engine.UserError(f"pretrain.num_masked is {cfg.num_masked}, which leaves nothing to predict: mask at least 1")
 
     train_set, val_set = data.open_datasets(config.data)
     tokenizer = vqkd.load_tokenizer(config, cfg.tokenizer_weights, "pretrain.tokenizer_weights").to(run.device)
@@ -66,8 +67,9 @@ def main() -> None:
     parallel = run.prepare(model)
     optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay), cfg)
 
-    view = data.TrainView(train_set, config.seed, size, cfg.crop_scale, cfg.jitter, cfg.num_masked, model.grid, cfg.min_block)
-    loader = data.TrainLoader(view, run.device_batch, config.seed, engine.rank(), engine.world_size(), config.data.workers)
+    view = data.TrainView(train_set, config.seed, size, cfg.crop_scale, cfg.jitter, cfg.num_masked, model.grid,
+                          cfg.min_block)
+    loader = data.TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
     run.begin(loader, read_checkpoint, model=model, optimizer=optimizer)
     lr = engine.cosine_schedule(cfg.lr, cfg.min_lr, cfg.epochs, run.steps_per_epoch, cfg.warmup_epochs)
 
@@ -77,7 +79,9 @@ def main() -> None:
             engine.set_lr(optimizer, lr[run.step])
             for batch in micro_batches:
                 # Student and tokenizer look at the same pixels, in [0,1], and normalise them each in its own way.
-                images = data.color_jitter(batch["image"], batch["jitter"]) if cfg.jitter else data.to_unit(batch["image"])
+                images = data.to_unit(batch["image"])  # [B, 3, S, S]
+                if cfg.jitter:
+                    images = data.color_jitter(images, batch["jitter"])
                 masked = masked_positions(batch["mask"], cfg.num_masked)  # [B, M]
                 with run.autocast():
                     codes = tokenizer.token_ids(images).gather(1, masked)  # [B, M], what the masked patches hide
@@ -112,8 +116,8 @@ def knn_pulse(run: engine.Run, model: MaskedImageModel, train_set, val_set) -> d
     chosen = torch.linspace(0, len(train_set) - 1, min(config.pretrain.knn_images, len(train_set))).long().tolist()
     features = []
     for dataset, indices in ((train_set, chosen), (val_set, range(len(val_set)))):
-        loader = data.val_loader(dataset, config.data.image_size, run.device_batch, engine.rank(), engine.world_size(),
-                                 config.data.workers, indices)
+        loader = data.ValLoader(dataset, config.data.image_size, run.device_batch, workers=config.data.workers,
+                                 indices=indices)
         features.append(engine.extract_features(
             run, lambda images: model.features(data.normalize(data.to_unit(images))), loader, len(indices)))
     bank, queries = features

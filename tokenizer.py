@@ -148,13 +148,13 @@ def rename_clip_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """OpenAI's CLIP image tower under our names. The text tower is left behind."""
     state = {name.removeprefix("visual."): value.float() for name, value in state.items() if name.startswith("visual.")}
     if "proj" not in state:
-        raise UserError("the CLIP weights hold no image tower ('visual.conv1.weight' and so on): use OpenAI's ViT-B-16.pt")
+        raise UserError("the CLIP weights hold no image tower (visual.conv1.weight, ...): use OpenAI's ViT-B-16.pt")
     renamed = {"projection.weight": state.pop("proj").T, "backbone.cls_token": state.pop("class_embedding")[None, None],
                "backbone.pos_embed": state.pop("positional_embedding")[None],
                "backbone.patch_embed.proj.weight": state.pop("conv1.weight")}
     renamed["backbone.patch_embed.proj.bias"] = torch.zeros(len(renamed["backbone.patch_embed.proj.weight"]))
-    for old, new in (("ln_pre", "norm_pre"), ("ln_post", "norm"), ("transformer.resblocks", "blocks"), ("ln_1", "norm1"),
-                     ("ln_2", "norm2"), ("in_proj_", "qkv."), ("out_proj", "proj"), ("c_fc", "fc1"), ("c_proj", "fc2")):
+    for old, new in (("ln_pre", "norm_pre"), ("ln_post", "norm"), ("ln_1", "norm1"), ("ln_2", "norm2"), ("c_fc", "fc1"),
+                     ("c_proj", "fc2"), ("in_proj_", "qkv."), ("out_proj", "proj"), ("transformer.resblocks", "blocks")):
         state = {name.replace(old, new): value for name, value in state.items()}
     return renamed | split_qkv_bias({f"backbone.{name}": value for name, value in state.items()})
 
@@ -185,7 +185,7 @@ def open_teacher(config, dtype: torch.dtype = torch.float32) -> nn.Module:
         return HOG(config.model.patch_size)
     if name == "beitv2":  # one of our own checkpoints, whose backbone the `model` section describes
         if not weights:
-            raise UserError("the teacher 'beitv2' needs the path of a pre-trained checkpoint in tokenizer.teacher_weights")
+            raise UserError("the teacher 'beitv2' needs a pre-trained checkpoint: set tokenizer.teacher_weights=PATH")
         backbone = VisionTransformer(rel_pos_bias="per_block" if config.model.rel_pos_bias else None,
                                      **config.model.backbone(config.data.image_size))
         engine.say(load_pretrained(backbone, engine.fetch(weights, "tokenizer.teacher_weights")))
@@ -226,7 +226,7 @@ def read_clip(path: Path, sha256: str) -> dict[str, Tensor]:
         return read_checkpoint(path)
     except ModelError:
         if engine.file_sha256(path) != sha256:
-            raise UserError(f"'{path}' is neither a plain state dict nor OpenAI's ViT-B-16.pt (SHA-256 {sha256[:12]}...): "
+            raise UserError(f"'{path}' is neither a plain state dict nor OpenAI's ViT-B-16.pt (SHA-256 {sha256[:12]}…): "
                             f"download it again, or set tokenizer.teacher_weights to another file") from None
     return torch.jit.load(path, map_location="cpu").state_dict()
 
@@ -468,9 +468,8 @@ def main() -> None:
 
     train_set, val_set = data.open_datasets(config.data)
     view = data.TrainView(train_set, config.seed, config.data.image_size, crop_scale=cfg.crop_scale)
-    loader = data.TrainLoader(view, run.device_batch, config.seed, engine.rank(), engine.world_size(), config.data.workers)
-    val_loader = data.val_loader(val_set, config.data.image_size, run.device_batch, engine.rank(), engine.world_size(),
-                                 config.data.workers)
+    loader = data.TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
+    val_loader = data.ValLoader(val_set, config.data.image_size, run.device_batch, workers=config.data.workers)
 
     teacher = open_teacher(config).to(run.device)
     model = build_vqkd(config, teacher.output_dim).to(run.device)
@@ -536,9 +535,10 @@ def check_collapse(train_perplexity: float, epoch: int, config) -> None:
     """End a run whose codes have fallen together: whatever it would learn from here on is worth nothing."""
     cfg = config.tokenizer
     if epoch + 1 >= cfg.warmup_epochs and train_perplexity < max(2, 0.02 * cfg.codebook_size):
-        raise UserError(f"the codebook has collapsed: of {cfg.codebook_size} codes about {train_perplexity:.0f} are in use "
-                        f"after epoch {epoch + 1}. Start anew in another output_dir with tokenizer.revive_below=0.1, "
-                        f"tokenizer.ema_decay=0.95, a lower tokenizer.lr or a longer tokenizer.warmup_epochs")
+        raise UserError(f"the codebook has collapsed: of {cfg.codebook_size} codes about {train_perplexity:.0f} are in "
+                        f"use after epoch {epoch + 1}: start anew in another output_dir, with "
+                        f"tokenizer.revive_below=0.1, tokenizer.ema_decay=0.95, a lower tokenizer.lr or a longer "
+                        f"tokenizer.warmup_epochs")
 
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ def test_workers_leave_ctrl_c_to_the_parent():
 def test_the_loader_leaves_the_default_generator_alone():
     loader = data.TrainLoader(full_view(shapes()), 4, seed=1)
     before = torch.get_rng_state()
-    list(loader.epoch(0)), list(data.val_loader(shapes(), 16, 4))
+    list(loader.epoch(0)), list(data.ValLoader(shapes(), 16, 4))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -246,7 +246,7 @@ def test_the_loader_leaves_the_default_generator_alone():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_each_validation_image_counts_once(world_size):
-    loaders = [data.val_loader(shapes("val", 10), 16, 3, rank, world_size) for rank in range(world_size)]
+    loaders = [data.ValLoader(shapes("val", 10), 16, 3, rank, world_size) for rank in range(world_size)]
     batches = [batch for loader in loaders for batch in loader]
     assert sorted(i for batch in batches for i in batch["index"].tolist()) == list(range(10))
     assert len(batches) == sum(map(len, loaders))
@@ -254,9 +254,10 @@ def test_each_validation_image_counts_once(world_size):
 
 
 def test_a_chosen_few_are_divided_among_the_ranks():
-    loaders = [data.val_loader(shapes("val", 10), 16, 2, rank, 2, indices=[7, 1, 4]) for rank in (0, 1)]
+    loaders = [data.ValLoader(shapes("val", 10), 16, 2, rank, 2, indices=[7, 1, 4]) for rank in (0, 1)]
     assert [[i for batch in loader for i in batch["index"].tolist()] for loader in loaders] == [[7, 4], [1]]
-    assert len(data.val_loader(shapes("val", 10), 16, 2, indices=[])) == 0
+    with pytest.raises(UserError, match="cannot be shared by 2 processes"):  # on every rank, or one would wait for ever
+        data.ValLoader(shapes("val", 10), 16, 2, 0, 2, indices=[7])
 
 
 @pytest.mark.parametrize("size, left_out", [(224, 16), (384, 0)])
@@ -266,7 +267,7 @@ def test_the_evaluation_crop(size, left_out):
         def __len__(self): return 1
         def load(self, _): return Image.fromarray(np.tile(np.linspace(0, 255, 1024).astype(np.uint8), (512, 1))).convert("RGB")
         def label(self, _): return 0
-    (batch,) = data.val_loader(Ramp(), size, 1)
+    (batch,) = data.ValLoader(Ramp(), size, 1)
     assert batch["image"].shape == (1, 3, size, size) and batch["image"].dtype == torch.uint8
     shorter = size + 2 * left_out  # 256 for 224
     margin = (2 * shorter - size) / 2 / (2 * shorter)  # of the width, on either side
@@ -322,7 +323,7 @@ def test_an_unreadable_validation_image_is_an_error(tmp_path, workers):
     config = folder(tmp_path)
     truncate(tmp_path / "val/cat/004.png")
     with pytest.raises(UserError, match=r"^the validation image '.*val/cat/004.png' cannot be read[^\n]*$"):
-        list(data.val_loader(data.open_dataset(config, "val"), 16, 4, workers=workers))
+        list(data.ValLoader(data.open_dataset(config, "val"), 16, 4, workers=workers))
 
 
 def test_sentences_for_missing_folders(tmp_path):
