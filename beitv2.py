@@ -17,7 +17,7 @@ import argparse
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,36 +31,41 @@ SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "la
 class ModelError(ValueError):
     """A model that cannot be built or a checkpoint that does not fit; the message says why in one sentence."""
 
+Count = Annotated[int, 1, math.inf]
+
 
 @dataclass
 class ModelConfig:
     """The `model` section: the backbone that is pre-trained and then fine-tuned."""
 
     size: Literal["tiny", "small", "base", "large"] = "base"  # width, depth and heads; the three below override it
-    embed_dim: int | None = None  # width D
-    depth: int | None = None  # number of blocks
-    num_heads: int | None = None  # attention heads; D must be a multiple
-    patch_size: int = 16  # pixels; the image size must be a multiple
-    mlp_ratio: float = 4.0  # hidden width of the MLP over D
-    layer_scale: float = 0.1  # initial factor on every residual branch (1e-5 for large); 0: none
+    embed_dim: Count | None = None  # width D
+    depth: Count | None = None  # number of blocks
+    num_heads: Count | None = None  # attention heads; D must be a multiple
+    patch_size: Count = 16  # pixels; the image size must be a multiple
+    mlp_ratio: Annotated[float, 0.1, math.inf] = 4.0  # hidden width of the MLP over D
+    layer_scale: Annotated[float, 0.0, 1.0] = 0.1  # initial factor on each residual branch (1e-5 for large); 0: none
     rel_pos_bias: bool = True  # relative position bias: one table while pre-training, one per block afterwards
     abs_pos_embed: bool = False  # learned absolute position embeddings
     checkpoint_activations: bool = False  # recompute the blocks in the backward pass: less memory, a third more time
 
     def backbone(self, image_size: int) -> dict:
         """Keyword arguments of `VisionTransformer` for this configuration."""
-        width, depth, heads = SIZES[self.size]
-        return dict(
+        return dimensions(self) | dict(
             image_size=image_size,
             patch_size=self.patch_size,
-            embed_dim=self.embed_dim or width,
-            depth=self.depth or depth,
-            num_heads=self.num_heads or heads,
             mlp_ratio=self.mlp_ratio,
             layer_scale=self.layer_scale,
             abs_pos_embed=self.abs_pos_embed,
             checkpoint_activations=self.checkpoint_activations,
         )
+
+
+def dimensions(section) -> dict[str, int]:
+    """Width, depth and heads of a section that has `size`, and may override it: the model's or the tokenizer's."""
+    width, depth, heads = SIZES[section.size]
+    return dict(embed_dim=section.embed_dim or width, depth=section.depth or depth,
+                num_heads=section.num_heads or heads)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -280,9 +285,9 @@ class VisionTransformer(nn.Module):
             return checkpoint(block, x, position_bias, use_reentrant=False)
         return block(x, position_bias)
 
-    def forward_blocks(self, x: Tensor, keep: tuple[int, ...] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+    def forward_blocks(self, x: Tensor, position_bias: Tensor | None,
+                       keep: tuple[int, ...] = ()) -> tuple[Tensor, dict[int, Tensor]]:
         """Run all blocks. Returns the last hidden state [B, T, D], and those after the blocks in `keep`, from 1."""
-        position_bias = self.shared_position_bias()
         kept = {}
         for layer, block in enumerate(self.blocks, start=1):
             x = self.run_block(block, x, position_bias)
@@ -292,7 +297,7 @@ class VisionTransformer(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S] to normed tokens [B, T, D]: [CLS], then the patches row by row. No registers."""
-        x, _ = self.forward_blocks(self.embed(images))
+        x, _ = self.forward_blocks(self.embed(images), self.shared_position_bias())
         x = self.norm(x)
         return torch.cat([x[:, :1], x[:, 1 + self.num_registers:]], dim=1) if self.num_registers else x
 
@@ -339,7 +344,7 @@ def shrink_residual_branches(block: Block, layer: int) -> None:
 
 
 class MaskedImageModel(VisionTransformer):
-    """The pre-training model (paper sections 2.3 and 2.4): predicts the visual tokens of masked patches, twice.
+    """The pre-training model (paper section 2.3): predicts the visual tokens of masked patches, twice.
 
     The backbone predicts them from its last layer. The aggregation head predicts them again from the *final* [CLS]
     and the patch tokens of the *early* layer `early_layers` (counted from 1). Early patches know little of the
@@ -376,6 +381,7 @@ class MaskedImageModel(VisionTransformer):
         if head_layers and not shared_lm_head:
             self.cls_pt_norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
             self.cls_pt_lm_head = nn.Linear(self.embed_dim, vocab_size)
+            init_weights(self.cls_pt_lm_head, truncate_at=0.02)
 
     def forward(self, images: Tensor, masked: Tensor) -> tuple[Tensor, Tensor | None]:
         """Predict the codes behind the masked patches.
@@ -385,14 +391,14 @@ class MaskedImageModel(VisionTransformer):
                  shape is static (see `masked_positions`)
         returns  logits [B, M, K] of the backbone, and of the aggregation head (None without one)
         """
-        x, kept = self.forward_blocks(self.embed(images, masked, self.mask_token), keep=(self.early_layers,))
+        position_bias = self.shared_position_bias()
+        x, kept = self.forward_blocks(self.embed(images, masked, self.mask_token), position_bias, (self.early_layers,))
         logits = self.lm_head(self.norm(take(x[:, 1:], masked)))
         if not self.head_layers:
             return logits, None
 
-        # Section 2.4, equation 6: the final [CLS] beside the early patch tokens.
+        # Figure 3 of the paper: the final [CLS] beside the early patch tokens.
         x = torch.cat([x[:, :1], kept[self.early_layers][:, 1:]], dim=1)
-        position_bias = self.shared_position_bias()
         for block in self.cls_pt_layers:
             x = self.run_block(block, x, position_bias)
         norm = getattr(self, "cls_pt_norm", self.norm)
@@ -435,8 +441,7 @@ class Classifier(VisionTransformer):
         self.head = nn.Linear(self.embed_dim, num_classes)
         init_weights(self.head, truncate_at=2.0)
         with torch.no_grad():
-            self.head.weight *= init_scale
-            self.head.bias *= init_scale
+            self.head.weight *= init_scale  # its bias is 0
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, S, S] to logits [B, classes]."""
@@ -468,9 +473,10 @@ class LoadReport:
         parts = [f"loaded {len(self.loaded)} tensors from {self.source}"]
         for verb in ("resized", "dropped", "fresh"):
             if names := getattr(self, verb):
-                # One word for all tensors of a kind: of positions the last part of the name, of others the first.
-                kinds = {name.split(".")[-1 if "pos" in name.split(".")[-1] else 0] for name in names}
-                parts.append(f"{verb} {len(names)} ({', '.join(sorted(kinds))})")
+                # Of many, one word for all tensors of a kind: of positions the name's last part, of others its first.
+                if len(names) > 2:
+                    names = {name.split(".")[-1 if "pos" in name.split(".")[-1] else 0] for name in names}
+                parts.append(f"{verb} {len(getattr(self, verb))} ({', '.join(sorted(names))})")
         return "; ".join(parts)
 
 
@@ -558,13 +564,27 @@ def load_pretrained(model: nn.Module, checkpoint: str | Path | dict, source: str
     report.fresh += [name for name in missing if name.startswith(may_be_fresh)]
     missing = [name for name in missing if name not in report.fresh]
 
-    for problem, names in (("has tensors of another size", misfits), ("holds tensors that this model has not",
+    for problem, names in (("has tensors of another size", misfits), ("holds tensors that this model does not have",
                            unexpected), ("lacks tensors that this model needs", missing)):
         if names:
             shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             raise ModelError(f"'{report.source}' {problem}: {shown}; it was made with another model or codebook, so "
                              f"make the configuration agree with it or choose another checkpoint")
     return report
+
+
+def check_dimensions(content: dict, source: str | Path, section: str, here) -> None:
+    """Refuse a checkpoint of ours of other dimensions than those of the section `here`.
+
+    Tensors of another shape would be refused anyway. But another number of heads fits, and computes something else.
+    """
+    saved = content.get("config", {}).get(section)
+    if saved and dimensions(argparse.Namespace(**saved)) != dimensions(here):
+        there, here = ([f"{section}.{key}={value}" for key, value in dimensions(part).items()]
+                       for part in (argparse.Namespace(**saved), here))
+        differing = [f"{a} there, {b} here" for a, b in zip(there, here) if a != b]
+        raise ModelError(f"'{source}' was made with another model ({'; '.join(differing)}): make the configuration "
+                         f"agree with it, or choose another checkpoint")
 
 
 def resize_positions(name: str, value: Tensor, target: Tensor) -> Tensor:

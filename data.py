@@ -22,10 +22,10 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import datasets as tv
 from torchvision.transforms import RandomErasing, RandomResizedCrop, v2
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms.v2 import functional as TF
 
 import engine
-from engine import UserError
+from engine import Count, Natural, UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BICUBIC = v2.InterpolationMode.BICUBIC
@@ -39,10 +39,10 @@ class DataConfig:
                      "fashion_mnist", "shapes"] = "imagefolder"  # where the images come from
     root: str = "data"  # folder of the data set: ROOT/{train,val}/CLASS/*.jpg, or where to download to
     download: bool = False  # fetch a named data set that is not in `root`
-    image_size: int = 224  # pixels, square
-    workers: int = 8  # loader processes per rank
-    train_images: int = 4000  # `shapes` only: how many to draw for training
-    val_images: int = 1000  # `shapes` only: how many to draw for validation
+    image_size: Count = 224  # pixels, square
+    workers: Natural = 8  # loader processes per rank
+    train_images: Count = 4000  # `shapes` only: how many to draw for training
+    val_images: Count = 1000  # `shapes` only: how many to draw for validation
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -112,8 +112,9 @@ def open_folder(root: str, split: str) -> Images:
     """ROOT/SPLIT/CLASS/*.jpg; labels number the class folders of ROOT/train in alphabetical order."""
     folder = os.path.join(root, split)
     if not os.path.isdir(folder):
-        raise UserError(f"data.root: '{root}' has no folder '{split}': put ImageNet-style folders {root}/train/CLASS/*.jpg"
-                        f" and {root}/val/CLASS/*.jpg there, or set data.root=PATH to where they are")
+        raise UserError(f"data.root: '{root}' has no folder '{split}': put ImageNet-style folders "
+                        f"{root}/train/CLASS/*.jpg and {root}/val/CLASS/*.jpg there, or set data.root=PATH"
+                        f" to where they are")
     classes = class_folders(folder)
     if not classes:
         raise UserError(f"data.root: '{folder}' has no class folders: put the images into {folder}/CLASS/*.jpg")
@@ -371,6 +372,9 @@ class TrainView(Dataset):
     def __init__(self, dataset, seed: int, image_size: int, crop_scale=(0.08, 1.0), jitter=0.0,
                  num_masked=0, mask_grid=0, min_block=16, rand_augment=False, erase=0.0):
         check_num_masked(num_masked, mask_grid)
+        if not 0 < crop_scale[0] <= crop_scale[1]:
+            raise UserError(f"crop_scale is {list(crop_scale)}, and must be [smallest, largest] share of the image's "
+                            f"area, both above 0")
         self.dataset, self.seed, self.size = dataset, seed, image_size
         self.crop_scale, self.jitter, self.erase = crop_scale, jitter, erase
         self.num_masked, self.mask_grid, self.min_block = num_masked, mask_grid, min_block
@@ -392,12 +396,12 @@ class TrainView(Dataset):
     def draw(self, index: int) -> dict:
         image, index, unreadable = self.load_or_replace(index)
         box = RandomResizedCrop.get_params(image, self.crop_scale, (3 / 4, 4 / 3))
-        image = F.resized_crop(image, *box, [self.size, self.size], BICUBIC)
+        image = TF.resized_crop(image, *box, [self.size, self.size], BICUBIC)
         if torch.rand(()) < 0.5:
-            image = F.horizontal_flip(image)
+            image = TF.horizontal_flip(image)
         if self.rand_augment:
             image = self.rand_augment(image)
-        sample = {"image": F.pil_to_tensor(image), "label": self.dataset.label(index), "index": index,
+        sample = {"image": TF.pil_to_tensor(image), "label": self.dataset.label(index), "index": index,
                   "unreadable": unreadable}
         if self.jitter > 0:
             sample["jitter"] = torch.empty(3).uniform_(max(0.0, 1 - self.jitter), 1 + self.jitter)
@@ -439,7 +443,7 @@ class TrainLoader:
     def __init__(self, view: TrainView, batch_size: int, seed: int, rank=None, world_size=None, workers=0):
         rank = engine.rank() if rank is None else rank
         world_size = engine.world_size() if world_size is None else world_size
-        self.view, self.unreadable = view, set()
+        self.view, self.world_size, self.unreadable = view, world_size, set()
         self.batches = EpochBatches(view, batch_size, seed, rank, world_size)
         self.batches_per_epoch = len(view) // world_size // batch_size
         if self.batches_per_epoch == 0:
@@ -464,8 +468,9 @@ class TrainLoader:
             if name and name not in self.unreadable:
                 self.unreadable.add(name)
                 print(f"warning: '{name}' cannot be read, replaced by another image", file=sys.stderr)
-        if len(self.unreadable) > 0.01 * len(self.view):
-            raise UserError(f"{len(self.unreadable)} of {len(self.view)} training images cannot be read, among them "
+        share = len(self.view) / self.world_size  # in one epoch, each rank meets this many images
+        if len(self.unreadable) > 0.01 * share:
+            raise UserError(f"{len(self.unreadable)} of {share:.0f} training images cannot be read, among them "
                             f"'{min(self.unreadable)}': that is more than 1 %, so repair or remove them first")
 
 
@@ -511,10 +516,13 @@ def with_plain_errors(loader: DataLoader):
 
 
 class ValView(Dataset):
-    """view[index]: image uint8 [3, S, S], resized and cropped in the centre; label; index."""
+    """view[index]: image uint8 [3, S, S], resized and cropped in the centre; label; index.
 
-    def __init__(self, dataset, image_size: int):
-        self.dataset, self.size = dataset, image_size
+    An image that cannot be read is a UserError; without `strict`, for training images, the next one takes its place.
+    """
+
+    def __init__(self, dataset, image_size: int, strict=True):
+        self.dataset, self.size, self.strict = dataset, image_size, strict
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -523,30 +531,32 @@ class ValView(Dataset):
         try:
             image = self.dataset.load(index)
         except Exception as error:
-            raise UserError(f"the validation image '{self.dataset.name(index)}' cannot be read ({one_line(error)}): "
-                            f"repair or remove it") from error
+            if not self.strict:
+                return self[(index + 1) % len(self)]
+            raise UserError(f"the image '{self.dataset.name(index)}' cannot be read ({one_line(error)}): repair or "
+                            f"remove it") from error
         # The usual margin of 256 / 224 around the crop; large inputs leave none, as in the paper's evaluation.
         shorter_side = round(self.size * 256 / 224) if self.size < 384 else self.size
-        image = F.center_crop(F.resize(image, [shorter_side], BICUBIC), [self.size, self.size])
-        return {"image": F.pil_to_tensor(image), "label": self.dataset.label(index), "index": index}
+        image = TF.center_crop(TF.resize(image, [shorter_side], BICUBIC), [self.size, self.size])
+        return {"image": TF.pil_to_tensor(image), "label": self.dataset.label(index), "index": index}
 
 
 class ValLoader:
-    """Batches of the images (or of those in `indices`), each once over all ranks: dicts as of ValView, collated.
+    """Batches of the view's images (or of those in `indices`), each once over all ranks: its dicts, collated.
 
     Rank r of W has positions r, r + W, ... No padding: a rank may have one image fewer than another. UserError if
     there are more ranks than images; while iterating, if an image cannot be read.
     """
 
-    def __init__(self, dataset, image_size: int, batch_size: int, rank=None, world_size=None, workers=0, indices=None):
+    def __init__(self, view: Dataset, batch_size: int, rank=None, world_size=None, workers=0, indices=None):
         rank = engine.rank() if rank is None else rank
         world_size = engine.world_size() if world_size is None else world_size
-        chosen = range(len(dataset)) if indices is None else indices
+        chosen = range(len(view)) if indices is None else indices
         if len(chosen) < world_size:  # said on every rank, or the others would wait for this one for ever
             raise UserError(f"{len(chosen)} image(s) to evaluate cannot be shared by {world_size} processes: use fewer "
                             f"processes, or add validation images")
         mine = chosen[rank::world_size]
-        self.loader = DataLoader(ValView(dataset, image_size), batch_size, sampler=mine, **loader_options(workers))
+        self.loader = DataLoader(view, batch_size, sampler=mine, **loader_options(workers))
 
     def __len__(self) -> int:
         return len(self.loader)

@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -26,7 +27,7 @@ import typing
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, Literal
+from typing import Annotated, Any, Callable, Iterator, Literal
 
 import torch
 import torch.distributed as dist
@@ -60,8 +61,12 @@ def launch(main: Callable[[], None], *expected: type[Exception]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        fail(f"cannot write '{error.filename or 'a file'}' ({error.strerror}): free some space or choose another "
-             f"output_dir, then give the same command to go on from the last checkpoint")
+        fail(f"cannot read or write '{error.filename or 'a file'}' ({error.strerror}): give it the right permissions, "
+             f"free some space or choose another output_dir; the same command goes on from the last checkpoint")
+    except RuntimeError as error:
+        if world_size() == 1 or not any(words in str(error) for words in ("closed by peer", "reset by peer")):
+            raise
+        fail("another process has ended, and this one cannot go on alone")  # the other one says why
     except Interrupted as stop:
         fail(str(stop), status=130)
     except KeyboardInterrupt:
@@ -72,8 +77,11 @@ def launch(main: Callable[[], None], *expected: type[Exception]) -> None:
 
 
 def fail(sentence: str, status: int = 1) -> typing.NoReturn:
-    """Say it once and leave. All ranks mostly fail alike, so the others wait, and torchrun ends them with rank 0."""
-    if rank() > 0:
+    """Say it once and leave. All ranks mostly fail alike, so the others wait, and torchrun ends them with the first.
+
+    A rank that fails because another one has gone waits too, whatever its number.
+    """
+    if int(os.environ.get("RANK", 0)) > 0 or sentence.startswith("another process"):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
     sys.stdout.flush()
@@ -86,13 +94,19 @@ def fail(sentence: str, status: int = 1) -> typing.NoReturn:
 
 SECTIONS = ("data", "model", "tokenizer", "pretrain", "finetune", "segment")
 
+# Types of options: what a value may be, smallest and largest included.
+Count = Annotated[int, 1, math.inf]
+Natural = Annotated[int, 0, math.inf]
+Amount = Annotated[float, 0.0, math.inf]
+Share = Annotated[float, 0.0, 1.0]
+
 
 @dataclass
 class RunConfig:
     """The keys at the top of a config, outside all sections."""
 
     output_dir: str = "runs/default"  # each stage writes OUTPUT_DIR/STAGE and looks there for the one before
-    seed: int = 0  # of everything: initial weights, sample order, crops, masks, drop path
+    seed: Natural = 0  # of everything: initial weights, sample order, crops, masks, drop path
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA if there is a GPU
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device has it, see Precision
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA
@@ -102,20 +116,20 @@ class RunConfig:
 class TrainConfig:
     """What each stage's section says about its optimisation. Batch sizes count images, schedules count epochs."""
 
-    epochs: int = 100
-    batch_size: int = 1024  # images per optimizer step, over all devices; no other value follows from it
-    device_batch_size: int = 0  # the most images that one device holds; more are accumulated. 0: no limit
-    lr: float = 1e-3  # peak learning rate
-    min_lr: float = 1e-6  # where the cosine ends
-    warmup_epochs: float = 5  # linear warm-up from 0
-    betas: tuple[float, float] = (0.9, 0.999)  # AdamW
-    weight_decay: float = 0.05
-    clip_grad: float = 0.0  # largest gradient norm; 0: not clipped
-    log_every: int = 20  # steps between two lines of metrics.jsonl: the only moments when host waits for device
-    save_every: int = 500  # steps between two checkpoints within an epoch; one more follows each epoch
+    epochs: Count = 100
+    batch_size: Count = 1024  # images per optimizer step, over all devices; no other value follows from it
+    device_batch_size: Natural = 0  # the most images that one device holds; more are accumulated. 0: no limit
+    lr: Amount = 1e-3  # peak learning rate
+    min_lr: Amount = 1e-6  # where the cosine ends
+    warmup_epochs: Amount = 5  # linear warm-up from 0
+    betas: tuple[Share, Share] = (0.9, 0.999)  # AdamW
+    weight_decay: Amount = 0.05
+    clip_grad: Amount = 0.0  # largest gradient norm; 0: not clipped
+    log_every: Count = 20  # steps between two lines of metrics.jsonl: the only moments when host waits for device
+    save_every: Count = 500  # steps between two checkpoints within an epoch; one more follows each epoch
 
 
-# A run may go on with other values of these: they change its speed or its place, not its result.
+# A run may go on with other values of these: they change its speed or its place, and its result by rounding only.
 FREE_TO_CHANGE = {"output_dir", "device", "precision", "compile", "root", "download", "workers", "device_batch_size",
                   "save_every", "checkpoint_activations", "eval_only"}
 
@@ -143,11 +157,11 @@ def load_config(sections: dict[str, type], arguments: list[str] | None = None) -
     if not isinstance(values, dict):
         raise UserError(f"'{file}' must hold `section: {{key: value}}`, not a {type(values).__name__}")
 
-    origin = dict.fromkeys(values, file)
+    origin = {}  # keys that the command line sets
     for argument in arguments[1:]:
         key, equals, text = argument.partition("=")
         if not equals:
-            raise UserError(f"'{argument}' on the command line is no section.key=value")
+            raise UserError(f"'{argument}' on the command line is not of the form section.key=value")
         *parents, name = key.split(".")
         target = values
         for parent in parents:
@@ -163,7 +177,7 @@ def load_config(sections: dict[str, type], arguments: list[str] | None = None) -
         origin[key] = "the command line"
 
     def source(key: str) -> str:
-        return origin.get(key, f"'{file}'" if origin.get(key) is None else origin[key])
+        return origin.get(key, f"'{file}'")
 
     config = types.SimpleNamespace(file=file)
     run_fields = {field.name for field in dataclasses.fields(RunConfig)}
@@ -188,7 +202,7 @@ def unknown_key(key: str, source: str, valid: list[str]) -> UserError:
 
 def fill(kind: type, values: dict, prefix: str, source: Callable[[str], str]) -> Any:
     """Build the dataclass `kind` from `values`, checking names and types."""
-    types_of = typing.get_type_hints(kind)
+    types_of = typing.get_type_hints(kind, include_extras=True)
     checked = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
@@ -206,6 +220,12 @@ def convert(value: Any, kind: Any) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else convert(value, arguments[0])
+    if origin is Annotated:
+        kind, smallest, largest = arguments
+        value = convert(value, kind)
+        if not smallest <= value <= largest:
+            raise ValueError(f"at least {smallest}" + (f" and at most {largest}" if largest < math.inf else ""))
+        return value
     if kind is str and value is None:  # `key=` on the command line
         return ""
     if origin is Literal:
@@ -214,8 +234,8 @@ def convert(value: Any, kind: Any) -> Any:
             raise ValueError("one of " + ", ".join(map(str, arguments)))
         return text
     if origin in (tuple, list):
-        if not isinstance(value, (list, tuple)) or (origin is tuple and len(value) != len(arguments)):
-            raise ValueError(f"a list of {len(arguments) if origin is tuple else 'several'} values")
+        if not isinstance(value, (list, tuple)) or not value or (origin is tuple and len(value) != len(arguments)):
+            raise ValueError(f"a list of {len(arguments) if origin is tuple else 'one or more'} values")
         return origin(convert(item, arguments[min(i, len(arguments) - 1)]) for i, item in enumerate(value))
     if kind is float:
         # YAML reads 5e-4 as a string. It also reads `yes` as a boolean, which Python would take for a number.
@@ -269,8 +289,9 @@ def setup_distributed(device: str = "auto") -> torch.device:
         torch.cuda.set_device(local_rank)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     else:
-        # torchrun gives each process one thread. Share the processors out instead.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        # torchrun gives each process one thread. Share out all processors instead (Linux tells which we may use).
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_world))
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if use_cuda else "gloo")
     return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
@@ -322,6 +343,8 @@ def fetch(source: str, key: str, sha256: str = "") -> Path:
         if not Path(source).is_file():
             raise UserError(f"{key} names '{source}', and there is no such file")
         return Path(source)
+    if not sha256 and (found := re.search(r"-([0-9a-f]{8,})\.[^/]*$", source)):
+        sha256 = found[1]  # NAME-SUM.pth is torch.hub's custom, and that of the published tokenizers
     # A folder for each URL: many checkpoints are called last.pt.
     folder = hashlib.sha256(source.encode()).hexdigest()[:8]
     target = Path(torch.hub.get_dir()) / "checkpoints" / folder / source.rsplit("/", 1)[-1].split("?")[0]
@@ -385,16 +408,14 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 
     Vectors, biases, [CLS] and position embeddings do not decay; mask token and bias tables do, as published.
     With `layer_decay` < 1 (fine-tuning), parameters of layer i of L learn at layer_decay^(L + 1 - i): the embeddings
-    are layer 0, block i is layer i from 1, a shared bias table counts to the last block, the head is layer L + 1.
+    are layer 0, block i is layer i from 1, and all else is layer L + 1.
     """
     depth = len(getattr(model, "blocks", ()))
 
     def layer_of(name: str) -> int:
         if name.startswith(("cls_token", "mask_token", "pos_embed", "patch_embed")):
             return 0
-        if name.startswith("blocks."):
-            return int(name.split(".")[1]) + 1
-        return depth if name.startswith("rel_pos_bias") else depth + 1
+        return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
 
     groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
@@ -443,7 +464,7 @@ class Run:
     A script uses it like this, and keeps forward, loss, backward and step in its own hands:
 
         run = Run("pretrain", config, config.pretrain)
-        run.begin(loader, model=model, optimizer=optimizer)     # resumes by itself
+        run.begin(loader, read_checkpoint, model=model, optimizer=optimizer)    # resumes by itself
         for epoch in run.epochs():
             for micro_batches in run.steps(epoch):              # one optimizer step each
                 for batch in micro_batches:
@@ -470,9 +491,6 @@ class Run:
         seed_everything(config.seed)  # the same initial weights on all ranks
         say(f"{stage}: {world_size()} x {self.device.type}, {self.precision.name}, into {self.folder}")
 
-        for name, least in (("epochs", 1), ("batch_size", 1), ("log_every", 1), ("device_batch_size", 0)):
-            if getattr(train, name) < least:
-                raise UserError(f"{self.section}.{name} is {getattr(train, name)}, and must be at least {least}")
         share, remainder = divmod(train.batch_size, world_size())
         if share == 0 or remainder:
             raise UserError(f"a batch of {train.batch_size} images cannot be shared by {world_size()} processes: "
@@ -486,6 +504,7 @@ class Run:
         self.totals: dict[str, list] = {}  # [sum, count] of each metric in this epoch
         self.recent_losses: list[float] = []  # of the window before, to be told if the next one breaks
         self.best = -math.inf  # highest score of an epoch so far
+        self.ddp: nn.Module | None = None  # the model that exchanges gradients, with several ranks
         self.stop_signal: int | None = None  # SIGINT or SIGTERM, once this rank has received one
 
     def prepare_folder(self) -> None:
@@ -524,7 +543,7 @@ class Run:
             raise UserError(f"the training set is smaller than one batch of {self.train.batch_size} images: "
                             f"lower {self.section}.batch_size or add images")
         self.total_steps = self.train.epochs * self.steps_per_epoch
-        if self.checkpoint_file.is_file():
+        if on_main(self.checkpoint_file.is_file):  # one rank decides: all go on, or all start anew
             self.resume(read_checkpoint(self.checkpoint_file))
         if rank() == 0:
             keep_lines(self.folder / "metrics.jsonl", self.step)
@@ -538,7 +557,8 @@ class Run:
         self.waited = 0.0  # seconds spent waiting for data in this window
 
     def resume(self, state: dict) -> None:
-        if missing := {"config", "step", "window", "totals", "best", "scaler", *self.parts} - state.keys():
+        needed = {"config", "step", "steps_per_epoch", "window", "totals", "best", "scaler", *self.parts}
+        if missing := needed - state.keys():
             raise UserError(f"'{self.checkpoint_file}' is no checkpoint of this stage (it lacks "
                             f"{', '.join(sorted(missing))}): move it away, or choose another output_dir")
         # How the tokenizer was trained is the business of its own stage: its shape is checked when it is loaded.
@@ -550,8 +570,17 @@ class Run:
         if differences:
             raise UserError(f"'{self.checkpoint_file}' was made with another configuration ({'; '.join(differences)}): "
                             f"go back to it to continue, or start anew with another output_dir")
+        if state["steps_per_epoch"] != self.steps_per_epoch:
+            raise UserError(f"'{self.checkpoint_file}' was made with {state['steps_per_epoch']} steps per epoch, and "
+                            f"these training images make {self.steps_per_epoch}: go back to the same images to "
+                            f"continue, or start anew with another output_dir")
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            try:
+                part.load_state_dict(state[name])
+            except (RuntimeError, ValueError) as error:  # another number of classes, mostly
+                reason = str(error).splitlines()[-1].strip()
+                raise UserError(f"'{self.checkpoint_file}' does not fit this {name} ({reason}): go back to the same "
+                                f"data set to continue, or start anew with another output_dir") from error
         if state["scaler"]:  # empty if that part of the run needed none
             self.precision.scaler.load_state_dict(state["scaler"])
         self.step, self.window, self.totals, self.best = (state[key] for key in ("step", "window", "totals", "best"))
@@ -563,7 +592,8 @@ class Run:
         if rank() == 0:
             state = {key: part.state_dict() for key, part in self.parts.items()}
             state |= dict(scaler=self.precision.scaler.state_dict(), step=self.step, window=self.window,
-                          totals=self.totals, best=self.best, stage=self.stage, config=as_dict(self.config))
+                          totals=self.totals, best=self.best, steps_per_epoch=self.steps_per_epoch, stage=self.stage,
+                          config=as_dict(self.config))
             save_atomically(state, self.checkpoint_file)
         self.saved_step = self.step
 
@@ -577,7 +607,8 @@ class Run:
         if self.stop_signal is None:
             self.stop_signal, self.stop_time = number, time.monotonic()
             if rank() == 0:
-                print("\nstopping after this step and saving; once more to stop at once", file=sys.stderr, flush=True)
+                when = "this step" if world_size() == 1 else f"at most {self.train.log_every} steps"  # see `steps`
+                print(f"\nstopping after {when} and saving; once more to stop at once", file=sys.stderr, flush=True)
         # Ctrl-C reaches us twice under torchrun: from the terminal, and from torchrun, which passes it on.
         elif time.monotonic() - self.stop_time > 3:
             raise KeyboardInterrupt
@@ -617,7 +648,7 @@ class Run:
             batch = next(batches)
             self.waited += time.perf_counter() - start
             more = part + 1 < self.accumulation
-            with self.ddp.no_sync() if more and world_size() > 1 else contextlib.nullcontext():
+            with self.ddp.no_sync() if more and self.ddp else contextlib.nullcontext():
                 yield {key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
                        for key, value in batch.items()}
 
@@ -681,7 +712,7 @@ class Run:
         self.window, self.waited, self.window_start = {}, 0.0, time.perf_counter()
 
     def check_finite(self, values: dict[str, Tensor]) -> None:
-        """End the run at a loss, or a gradient, that is no number. (fp16 steps with such a gradient were skipped.)"""
+        """End the run at a loss, or a gradient, that is not finite. (fp16 steps with such a gradient were skipped.)"""
         for name in ("loss",) if self.precision.scaler.is_enabled() else ("loss", "grad_norm"):
             value = values.get(name, torch.zeros(1))
             if not value.isfinite().all():
@@ -690,10 +721,12 @@ class Run:
                 step = self.step - steps + first * steps // len(value) + 1
                 recent = [*self.recent_losses, *values.get("loss", value)[:first].tolist()][-5:]
                 told = ", ".join(f"{loss:.4g}" for loss in recent) or "none"
+                advice = (f"start anew in another output_dir with a lower {self.section}.lr or a longer "
+                          f"{self.section}.warmup_epochs")
+                if self.precision.name != "fp32" and self.saved_step:
+                    advice += f", or go on from the checkpoint of step {self.saved_step} with precision=fp32"
                 raise UserError(f"the {name.replace('grad_norm', 'gradient')} is not finite at step {step} (the losses "
-                                f"before: {told}): start in another output_dir with a lower {self.section}.lr, a longer "
-                                f"{self.section}.warmup_epochs, or precision=fp32, which alone can also go on from the "
-                                f"last checkpoint, of step {self.saved_step}")
+                                f"before: {told}): {advice}")
         self.recent_losses = values.get("loss", torch.zeros(0))[-5:].tolist()
 
     def write(self, line: dict) -> None:
@@ -767,6 +800,15 @@ def stage_checkpoint(config: types.SimpleNamespace, stage: str, given: str, key:
         raise UserError(f"there is no '{path}' yet: make it with `torchrun {stage}.py {config.file}`, or set "
                         f"{key}=PATH_OR_URL")
     return path
+
+
+def say_if_unfinished(content: dict, path: Path) -> None:
+    """Say so when a checkpoint of an earlier stage comes from a run that has not ended."""
+    section = content.get("config", {}).get(content.get("stage"))
+    if section and "steps_per_epoch" in content:
+        total = section["epochs"] * content["steps_per_epoch"]
+        if content["step"] < total:
+            say(f"note: '{path}' is unfinished, at step {content['step']} of {total}")
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,9 @@ from torchvision.transforms import v2
 
 import data
 import engine
-from beitv2 import Classifier, ModelConfig, ModelError, VisionTransformer, load_pretrained, read_checkpoint
+from beitv2 import (Classifier, ModelConfig, ModelError, VisionTransformer, check_dimensions, load_pretrained,
+                    read_checkpoint)
+from engine import Amount, Count, Share
 
 
 @dataclass
@@ -34,26 +36,26 @@ class FinetuneConfig(engine.TrainConfig):
     mode: Literal["finetune", "linear_probe", "knn", "report"] = "finetune"
     weights: str = ""  # path or URL; empty: OUTPUT_DIR/pretrain/last.pt; none: an untrained backbone
     eval_only: bool = False  # only validate `weights`, or OUTPUT_DIR/finetune/best.pt if that is empty
-    epochs: int = 100
-    batch_size: int = 1024
-    lr: float = 5e-4
-    min_lr: float = 1e-6
-    warmup_epochs: float = 20
-    betas: tuple[float, float] = (0.9, 0.999)
-    layer_decay: float = 0.65  # a layer learns this much slower than the one above it
-    drop_path: float = 0.1
+    epochs: Count = 100
+    batch_size: Count = 1024
+    lr: Amount = 5e-4
+    min_lr: Amount = 1e-6
+    warmup_epochs: Amount = 20
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    layer_decay: Share = 0.65  # a layer learns this much slower than the one above it
+    drop_path: Share = 0.1
     mean_pool: bool = True  # classify the mean of the patches; false: [CLS]
-    init_scale: float = 0.001  # of the head's first weights
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # area of the random crop over that of the image
+    init_scale: Amount = 0.001  # of the head's first weights
+    crop_scale: tuple[Share, Share] = (0.08, 1.0)  # area of the random crop over that of the image
     rand_augment: bool = True
-    erase: float = 0.25  # probability of random erasing
-    mixup: float = 0.8  # alpha of its beta distribution; 0: off
-    cutmix: float = 1.0  # likewise; with both on, a coin decides for each batch
-    label_smoothing: float = 0.1
-    ema_decay: float = 0.0  # evaluate a moving average of the weights; 0: the weights themselves
-    probe_epochs: int = 50  # linear_probe only
-    probe_lrs: list[float] = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0, 3.0])  # all in one pass
-    knn_k: int = 20  # knn only: how many neighbours vote
+    erase: Share = 0.25  # probability of random erasing
+    mixup: Amount = 0.8  # alpha of its beta distribution; 0: off
+    cutmix: Amount = 1.0  # likewise; with both on, a coin decides for each batch
+    label_smoothing: Share = 0.1
+    ema_decay: Share = 0.0  # evaluate a moving average of the weights; 0: the weights themselves
+    probe_epochs: Count = 50  # linear_probe only
+    probe_lrs: list[Amount] = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0, 3.0])  # all in one pass
+    knn_k: Count = 20  # knn only: how many neighbours vote
 
 
 SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "finetune": FinetuneConfig}
@@ -61,6 +63,8 @@ SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "finetune": FinetuneC
 
 def main() -> None:
     config = engine.load_config(SECTIONS)
+    if config.finetune.eval_only and config.finetune.mode != "finetune":
+        raise engine.UserError(f"finetune.eval_only is for finetune.mode=finetune: leave one of the two out")
     modes = {"finetune": finetune, "linear_probe": linear_probe, "knn": knn, "report": report}
     modes[config.finetune.mode](config)
 
@@ -161,10 +165,10 @@ def open_backbone(run: engine.Run) -> nn.Module:
     return model.requires_grad_(False).eval().to(run.device)
 
 
-def frozen_features(run: engine.Run, model: nn.Module, dataset) -> dict[str, Tensor]:
+def frozen_features(run: engine.Run, model: nn.Module, dataset, strict=True) -> dict[str, Tensor]:
     """Features of a data set's images as the validation crops them; see engine.extract_features."""
     return engine.extract_features(run, lambda images: model(data.normalize(data.to_unit(images))),
-                                   open_val_loader(run, dataset), len(dataset))
+                                   open_val_loader(run, dataset, strict), len(dataset))
 
 
 def knn(config) -> None:
@@ -172,7 +176,7 @@ def knn(config) -> None:
     run = engine.Run(stage_folder(config.finetune), config, config.finetune)
     train_set, val_set = data.open_datasets(config.data)
     model = open_backbone(run)
-    bank, queries = frozen_features(run, model, train_set), frozen_features(run, model, val_set)
+    bank, queries = frozen_features(run, model, train_set, strict=False), frozen_features(run, model, val_set)
     figures = {kind: engine.knn_accuracy(bank[kind], bank["labels"], queries[kind], queries["labels"],
                                          config.finetune.knn_k) for kind in ("cls", "mean")}
     engine.on_main(lambda: engine.keep_lines(run.folder / "metrics.jsonl", -1))
@@ -266,11 +270,15 @@ def load_weights(config, model: nn.Module) -> None:
     if config.finetune.weights == "none":
         return
     path = engine.stage_checkpoint(config, "pretrain", config.finetune.weights, "finetune.weights")
-    engine.say(load_pretrained(model, path))
+    content = read_checkpoint(path)
+    check_dimensions(content, path, "model", config.model)
+    engine.say_if_unfinished(content, path)
+    engine.say(load_pretrained(model, content, source=str(path)))
 
 
-def open_val_loader(run: engine.Run, dataset):
-    return data.ValLoader(dataset, run.config.data.image_size, run.device_batch, workers=run.config.data.workers)
+def open_val_loader(run: engine.Run, dataset, strict=True) -> data.ValLoader:
+    view = data.ValView(dataset, run.config.data.image_size, strict)
+    return data.ValLoader(view, run.device_batch, workers=run.config.data.workers)
 
 
 def report(config) -> None:

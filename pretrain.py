@@ -1,4 +1,4 @@
-"""Stage 2, masked image modeling: predict the codes of patches that are hidden (paper sections 2.3 and 2.4).
+"""Stage 2, masked image modeling: predict the codes of patches that are hidden (paper section 2.3).
 
     torchrun pretrain.py configs/demo.yaml                                   # one process, CPU or GPU
     torchrun --nproc-per-node 8 pretrain.py configs/base.yaml                # eight GPUs of one machine
@@ -22,30 +22,31 @@ import data
 import engine
 import tokenizer as vqkd
 from beitv2 import MaskedImageModel, ModelConfig, ModelError, masked_positions, read_checkpoint
+from engine import Amount, Count, Natural, Share
 
 
 @dataclass
 class PretrainConfig(engine.TrainConfig):
     """The `pretrain` section."""
 
-    epochs: int = 300
-    batch_size: int = 2048
-    lr: float = 1.5e-3
-    min_lr: float = 1e-5
-    warmup_epochs: float = 10
-    betas: tuple[float, float] = (0.9, 0.98)  # .999 for 1600 epochs
-    clip_grad: float = 3.0
-    drop_path: float = 0.0  # .1 for 1600 epochs
+    epochs: Count = 300
+    batch_size: Count = 2048
+    lr: Amount = 1.5e-3
+    min_lr: Amount = 1e-5
+    warmup_epochs: Amount = 10
+    betas: tuple[Share, Share] = (0.9, 0.98)  # .999 for 1600 epochs
+    clip_grad: Amount = 3.0
+    drop_path: Share = 0.0  # .1 for 1600 epochs
     tokenizer_weights: str = ""  # a trained tokenizer, path or URL; empty: OUTPUT_DIR/tokenizer/last.pt
-    num_masked: int = 75  # masked patches per image: 40 % of 196
-    min_block: int = 16  # patches in the smallest block
-    early_layers: int = 9  # l: the layer, from 1, whose patches the aggregation head sees
-    head_layers: int = 2  # blocks of the aggregation head; 0: none
+    num_masked: Count = 75  # masked patches per image: 40 % of 196
+    min_block: Count = 16  # patches in the smallest block
+    early_layers: Natural = 9  # l: the layer, from 1, whose patches the aggregation head sees
+    head_layers: Natural = 2  # blocks of the aggregation head; 0: none
     shared_lm_head: bool = True  # both predictions through the same norm and output layer
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the random crop over that of the image
-    jitter: float = 0.4  # strength of the colour jitter
-    knn_every: int = 10  # epochs between two k-NN pulses, and after the last epoch; 0: never
-    knn_images: int = 20000  # training images that the pulse compares with, evenly chosen
+    crop_scale: tuple[Share, Share] = (0.2, 1.0)  # area of the random crop over that of the image
+    jitter: Amount = 0.4  # strength of the colour jitter
+    knn_every: Natural = 10  # epochs between two k-NN pulses, and after the last epoch; 0: never
+    knn_images: Count = 20000  # training images that the pulse compares with, evenly chosen
 
 
 SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "tokenizer": vqkd.TokenizerConfig,
@@ -56,8 +57,6 @@ def main() -> None:
     config = engine.load_config(SECTIONS)
     cfg, size = config.pretrain, config.data.image_size
     run = engine.Run("pretrain", config, cfg)
-    if cfg.num_masked < 1:
-        raise engine.UserError(f"pretrain.num_masked is {cfg.num_masked}, which leaves nothing to predict: mask at least 1")
 
     train_set, val_set = data.open_datasets(config.data)
     tokenizer = vqkd.load_tokenizer(config, cfg.tokenizer_weights, "pretrain.tokenizer_weights").to(run.device)
@@ -80,7 +79,7 @@ def main() -> None:
             for batch in micro_batches:
                 # Student and tokenizer look at the same pixels, in [0,1], and normalise them each in its own way.
                 images = data.to_unit(batch["image"])  # [B, 3, S, S]
-                if cfg.jitter:
+                if cfg.jitter > 0:
                     images = data.color_jitter(images, batch["jitter"])
                 masked = masked_positions(batch["mask"], cfg.num_masked)  # [B, M]
                 with run.autocast():
@@ -88,7 +87,7 @@ def main() -> None:
                     logits, head_logits = parallel(data.normalize(images), masked)  # [B, M, K] each
                 loss, accuracy = cross_entropy(logits, codes)
                 run.record(mim_loss=loss, mim_accuracy=accuracy)
-                if head_logits is not None:  # section 2.4: the loss of patch aggregation has the same weight
+                if head_logits is not None:  # the loss of patch aggregation has the same weight
                     head_loss, head_accuracy = cross_entropy(head_logits, codes)
                     run.record(cls_loss=head_loss, cls_accuracy=head_accuracy)
                     loss = loss + head_loss
@@ -103,7 +102,7 @@ def main() -> None:
 
 
 def cross_entropy(logits: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and accuracy in [0,1] of logits [B, M, K] against codes [B, M]: equation 5, a mean over masked patches."""
+    """Loss and accuracy in [0,1] of logits [B, M, K] against codes [B, M]: equation 3, a mean over masked patches."""
     loss = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
     return loss, (logits.argmax(dim=-1) == codes).float().mean()
 
@@ -116,8 +115,8 @@ def knn_pulse(run: engine.Run, model: MaskedImageModel, train_set, val_set) -> d
     chosen = torch.linspace(0, len(train_set) - 1, min(config.pretrain.knn_images, len(train_set))).long().tolist()
     features = []
     for dataset, indices in ((train_set, chosen), (val_set, range(len(val_set)))):
-        loader = data.ValLoader(dataset, config.data.image_size, run.device_batch, workers=config.data.workers,
-                                 indices=indices)
+        view = data.ValView(dataset, config.data.image_size, strict=dataset is val_set)
+        loader = data.ValLoader(view, run.device_batch, workers=config.data.workers, indices=indices)
         features.append(engine.extract_features(
             run, lambda images: model.features(data.normalize(data.to_unit(images))), loader, len(indices)))
     bank, queries = features

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 import data
 import engine
-from beitv2 import SIZES, ModelConfig, ModelError, VisionTransformer, init_weights, load_pretrained, read_checkpoint
-from engine import UserError
+from beitv2 import (SIZES, ModelConfig, ModelError, VisionTransformer, check_dimensions, dimensions, init_weights,
+                    load_pretrained, model_state, read_checkpoint)
+from engine import Amount, Count, Share, UserError
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -32,28 +33,29 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 class TokenizerConfig(engine.TrainConfig):
     """The `tokenizer` section. The image is cut into the same patches as the student's: `model.patch_size`."""
 
-    epochs: int = 100
-    batch_size: int = 512
-    lr: float = 2e-4  # the paper's 5e-5 per 128 images
-    min_lr: float = 1e-5
-    warmup_epochs: float = 10
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 1e-4
+    epochs: Count = 100
+    batch_size: Count = 512
+    lr: Amount = 2e-4  # the paper's 5e-5 per 128 images
+    min_lr: Amount = 1e-5
+    warmup_epochs: Amount = 10
+    betas: tuple[Share, Share] = (0.9, 0.99)
+    weight_decay: Amount = 1e-4
     teacher: Literal["clip_vitb16", "dino_vits16", "dino_vitb16", "dinov2_vits14", "dinov2_vitb14",
                      "dinov2_vits14_reg", "dinov2_vitb14_reg", "hog", "beitv2"] = "clip_vitb16"  # see open_teacher
     teacher_weights: str = ""  # path of the teacher's weights; empty: its public URL. `beitv2` needs one of ours
     size: Literal["tiny", "small", "base", "large"] = "base"  # of the encoder; the three below override it
-    embed_dim: int | None = None  # width of encoder and decoder
-    depth: int | None = None  # blocks of the encoder
-    num_heads: int | None = None
-    decoder_depth: int = 3  # blocks of the decoder: shallow, so that the codes must do the work
-    codebook_size: int = 8192  # K
-    codebook_dim: int = 32  # D: low, or most codes are never used (Table 6)
-    ema_decay: float = 0.99  # of the codebook's moving average; short runs want .95
-    commitment_beta: float = 1.0  # weight of the commitment loss
+    embed_dim: Count | None = None  # width of encoder and decoder
+    depth: Count | None = None  # blocks of the encoder
+    num_heads: Count | None = None
+    decoder_depth: Count = 3  # blocks of the decoder: shallow, so that the codes must do the work
+    codebook_size: Count = 8192  # K
+    codebook_dim: Count = 32  # D: low, or most codes are never used
+    ema_decay: Share = 0.99  # of the codebook's moving average; short runs want .95
+    commitment_beta: Amount = 1.0  # weight of the commitment loss
     kmeans_init: bool = True  # start from k-means over the first batch's vectors
-    revive_below: float = 0.0  # a code whose running count of hits per batch falls below this starts anew; 0: never
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # area of the random crop over that of the image
+    mean_start: bool = False  # start with a decoder that gives the teacher's mean feature; short runs want it
+    revive_below: Amount = 0.0  # a code whose running count of hits per batch falls below this starts anew; 0: never
+    crop_scale: tuple[Share, Share] = (0.08, 1.0)  # area of the random crop over that of the image
 
 
 SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "tokenizer": TokenizerConfig}
@@ -153,8 +155,9 @@ def rename_clip_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
                "backbone.pos_embed": state.pop("positional_embedding")[None],
                "backbone.patch_embed.proj.weight": state.pop("conv1.weight")}
     renamed["backbone.patch_embed.proj.bias"] = torch.zeros(len(renamed["backbone.patch_embed.proj.weight"]))
-    for old, new in (("ln_pre", "norm_pre"), ("ln_post", "norm"), ("ln_1", "norm1"), ("ln_2", "norm2"), ("c_fc", "fc1"),
-                     ("c_proj", "fc2"), ("in_proj_", "qkv."), ("out_proj", "proj"), ("transformer.resblocks", "blocks")):
+    for old, new in (("ln_pre", "norm_pre"), ("ln_post", "norm"), ("ln_1", "norm1"), ("ln_2", "norm2"),
+                     ("c_fc", "fc1"), ("c_proj", "fc2"), ("in_proj_", "qkv."), ("out_proj", "proj"),
+                     ("transformer.resblocks", "blocks")):
         state = {name.replace(old, new): value for name, value in state.items()}
     return renamed | split_qkv_bias({f"backbone.{name}": value for name, value in state.items()})
 
@@ -177,18 +180,24 @@ def split_qkv_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def open_teacher(config, dtype: torch.dtype = torch.float32) -> nn.Module:
+def open_teacher(config) -> nn.Module:
     """The teacher that `tokenizer.teacher` names, its patch grid that of the tokenizer. Raises UserError."""
     name, weights = config.tokenizer.teacher, config.tokenizer.teacher_weights
     grid = config.data.image_size // config.model.patch_size
     if name == "hog":
         return HOG(config.model.patch_size)
-    if name == "beitv2":  # one of our own checkpoints, whose backbone the `model` section describes
+    if name == "beitv2":  # one of our own checkpoints, which says what its backbone is
         if not weights:
             raise UserError("the teacher 'beitv2' needs a pre-trained checkpoint: set tokenizer.teacher_weights=PATH")
-        backbone = VisionTransformer(rel_pos_bias="per_block" if config.model.rel_pos_bias else None,
-                                     **config.model.backbone(config.data.image_size))
-        engine.say(load_pretrained(backbone, engine.fetch(weights, "tokenizer.teacher_weights")))
+        path = engine.fetch(weights, "tokenizer.teacher_weights")
+        content = read_checkpoint(path)
+        if "config" not in content:
+            raise UserError(f"'{path}' does not say what model it holds: the teacher 'beitv2' must be a checkpoint "
+                            f"that pretrain.py wrote")
+        model = ModelConfig(**content["config"]["model"])
+        backbone = VisionTransformer(rel_pos_bias="per_block" if model.rel_pos_bias else None,
+                                     **model.backbone(grid * model.patch_size))
+        engine.say(load_pretrained(backbone, content, source=str(path)))
         return Teacher(backbone, data.IMAGENET_MEAN, data.IMAGENET_STD)
 
     url, sha256, shape = TEACHERS[name]
@@ -196,8 +205,7 @@ def open_teacher(config, dtype: torch.dtype = torch.float32) -> nn.Module:
     if name == "clip_vitb16":
         state = rename_clip_keys(read_clip(path, sha256))
     else:
-        content = read_checkpoint(path)
-        state = rename_dino_keys(content.get("teacher", content))
+        state = rename_dino_keys(read_checkpoint(path))
     teacher = build_teacher(name, grid, shape)
     engine.say(load_pretrained(teacher, state, source=str(path)))
     return teacher
@@ -226,8 +234,9 @@ def read_clip(path: Path, sha256: str) -> dict[str, Tensor]:
         return read_checkpoint(path)
     except ModelError:
         if engine.file_sha256(path) != sha256:
-            raise UserError(f"'{path}' is neither a plain state dict nor OpenAI's ViT-B-16.pt (SHA-256 {sha256[:12]}…): "
-                            f"download it again, or set tokenizer.teacher_weights to another file") from None
+            raise UserError(f"'{path}' is neither a plain state dict nor OpenAI's ViT-B-16.pt (SHA-256 "
+                            f"{sha256[:12]}…): download it again, or set tokenizer.teacher_weights to another file") \
+                from None
     return torch.jit.load(path, map_location="cpu").state_dict()
 
 
@@ -236,7 +245,7 @@ def read_clip(path: Path, sha256: str) -> dict[str, Tensor]:
 
 
 class Quantizer(nn.Module):
-    """A codebook on the unit sphere, moved by averaging instead of by gradients (section 2.2, equations 1 and 2).
+    """A codebook on the unit sphere, moved by averaging instead of by gradients (section 2.2).
 
     Always in float32: in half precision, neighbouring codes fall together.
 
@@ -299,8 +308,8 @@ class Quantizer(nn.Module):
             # The i-th dead code takes the i-th of the shuffled candidates. No size here depends on how many are dead,
             # so the host need not wait for the device to count them.
             candidates = engine.gather_in_order(torch.cat(self.seen)).flatten(0, 1)
-            generator = torch.Generator().manual_seed(seed)
-            order = torch.randperm(len(candidates), generator=generator)[:len(weight)].to(weight.device)
+            generator = torch.Generator(weight.device).manual_seed(seed)
+            order = torch.randperm(len(candidates), generator=generator, device=weight.device)[:len(weight)]
             dead = self.running_count < self.revive_below
             place = (dead.cumsum(0) - 1).clamp(min=0) % len(order)
             weight.copy_(torch.where(dead[:, None], candidates[order][place], weight))
@@ -421,8 +430,8 @@ class VQKD(nn.Module):
     def forward(self, images: Tensor, teacher_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images in [0,1] and the teacher's features [B, N, teacher_dim] -> two losses to add, and ids [B, N].
 
-        cosine loss      mean of 1 - cos(prediction, teacher) over all patches, 0 to 2 (equation 3, first term)
-        commitment loss  pulls z towards its code; the gradient never moves the codes (equation 3, last term)
+        cosine loss      mean of 1 - cos(prediction, teacher) over all patches, 0 to 2 (equation 2, first term)
+        commitment loss  pulls z towards its code; the gradient never moves the codes (equation 2, last term)
         """
         codes, ids, commitment_loss = self.quantize(self.encode(images))
         prediction = self.decode(codes)
@@ -433,27 +442,20 @@ class VQKD(nn.Module):
 def build_vqkd(config, teacher_dim: int) -> VQKD:
     """The VQ-KD that the `tokenizer` section describes, for images of data.image_size."""
     c = config.tokenizer
-    width, depth, heads = SIZES[c.size]
-    encoder = dict(embed_dim=c.embed_dim or width, depth=c.depth or depth, num_heads=c.num_heads or heads)
+    encoder = dimensions(c)
     return VQKD(config.data.image_size, config.model.patch_size, encoder, encoder | dict(depth=c.decoder_depth),
                 c.codebook_size, c.codebook_dim, teacher_dim, c.ema_decay, c.commitment_beta, c.revive_below)
 
 
-def teacher_dim(config) -> int:
-    """Width of the features of the teacher that `tokenizer.teacher` names, without opening its weights."""
-    name = config.tokenizer.teacher
-    if name == "hog":
-        return HOG(config.model.patch_size).output_dim
-    if name == "beitv2":
-        return config.model.backbone(config.data.image_size)["embed_dim"]
-    shape = TEACHERS[name][2]
-    return shape.get("output_dim", SIZES[shape["size"]][0])
-
-
 def load_tokenizer(config, weights: str, key: str) -> VQKD:
     """A trained tokenizer, frozen: from `weights` (path or URL), or from this experiment's own stage 1."""
-    model = build_vqkd(config, teacher_dim(config))
-    engine.say(load_pretrained(model, engine.stage_checkpoint(config, "tokenizer", weights, key)))
+    path = engine.stage_checkpoint(config, "tokenizer", weights, key)
+    content = read_checkpoint(path)
+    check_dimensions(content, path, "tokenizer", config.tokenizer)
+    engine.say_if_unfinished(content, path)
+    output = model_state(content, str(path)).get("decode_task_layer.2.bias", torch.zeros(1))
+    model = build_vqkd(config, teacher_dim=len(output))  # whose features it learned is no matter any more
+    engine.say(load_pretrained(model, content, source=str(path)))
     return model.requires_grad_(False).eval()
 
 
@@ -469,7 +471,8 @@ def main() -> None:
     train_set, val_set = data.open_datasets(config.data)
     view = data.TrainView(train_set, config.seed, config.data.image_size, crop_scale=cfg.crop_scale)
     loader = data.TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
-    val_loader = data.ValLoader(val_set, config.data.image_size, run.device_batch, workers=config.data.workers)
+    val_loader = data.ValLoader(data.ValView(val_set, config.data.image_size), run.device_batch,
+                                workers=config.data.workers)
 
     teacher = open_teacher(config).to(run.device)
     model = build_vqkd(config, teacher.output_dim).to(run.device)
@@ -479,8 +482,8 @@ def main() -> None:
     run.begin(loader, read_checkpoint, model=model, optimizer=optimizer, usage=usage)
     lr = engine.cosine_schedule(cfg.lr, cfg.min_lr, cfg.epochs, run.steps_per_epoch, cfg.warmup_epochs)
 
-    if cfg.kmeans_init and run.step == 0:
-        init_codebook(run, model)
+    if run.step == 0:
+        start_from_first_batch(run, model, teacher)
 
     for epoch in run.epochs():
         parallel.train()
@@ -501,17 +504,34 @@ def main() -> None:
 
         train_usage = usage.figures()
         usage.counts.zero_()
-        run.end_epoch(epoch, train=train_usage, val=evaluate(run, model, teacher, val_loader))
-        check_collapse(train_usage["perplexity"], epoch, config)
+        val = evaluate(run, model, teacher, val_loader)
+        check_collapse(train_usage["perplexity"], epoch, cfg)  # before this epoch is saved, and counts as done
+        run.end_epoch(epoch, train=train_usage, val=val)
     run.finish()
 
 
-def init_codebook(run: engine.Run, model: VQKD) -> None:
-    """Begin with k-means over the vectors of the first optimizer step's images, gathered from all ranks."""
-    batches = run.loader.epoch(0)
-    with torch.no_grad(), run.autocast():
-        z = torch.cat([model.encode(data.to_unit(batch["image"])) for batch in run.micro_batches(batches)])  # [B, N, D]
-    model.quantize.init_from(engine.gather_in_order(z).flatten(0, 1), seed=run.config.seed)
+@torch.no_grad()
+def start_from_first_batch(run: engine.Run, model: VQKD, teacher: nn.Module) -> None:
+    """Let codebook and decoder begin where the images of the first optimizer step, gathered from all ranks, are.
+
+    `kmeans_init`: the codes are k-means of the encoder's vectors.
+    `mean_start` (not in the published code): the decoder's output is the teacher's mean feature, and nothing else. The
+    first thing a random decoder learns is to say this mean whatever the code, and the encoder helps by making all
+    codes alike. A long run recovers from that collapse; a short one ends in it, with a loss that says "the mean".
+    """
+    cfg, z, total = run.config.tokenizer, [], 0
+    for batch in run.micro_batches(run.loader.epoch(0)):
+        images = data.to_unit(batch["image"])
+        with run.autocast():
+            z.append(model.encode(images))  # [B, N, D]
+            features = teacher(images)
+        total = total + F.normalize(features.float(), dim=-1).sum(dim=(0, 1))  # [teacher_dim]
+    if cfg.kmeans_init:
+        model.quantize.init_from(engine.gather_in_order(torch.cat(z)).flatten(0, 1), seed=run.config.seed)
+    if cfg.mean_start:
+        output = model.decode_task_layer[2]
+        output.weight.zero_()
+        output.bias.copy_(F.normalize(engine.all_reduce_sum(total), dim=0))
 
 
 @torch.no_grad()
@@ -531,9 +551,8 @@ def evaluate(run: engine.Run, model: VQKD, teacher: nn.Module, loader) -> dict[s
     return {"cosine_loss": (total[0] / total[1]).item(), **usage.figures()}
 
 
-def check_collapse(train_perplexity: float, epoch: int, config) -> None:
+def check_collapse(train_perplexity: float, epoch: int, cfg: TokenizerConfig) -> None:
     """End a run whose codes have fallen together: whatever it would learn from here on is worth nothing."""
-    cfg = config.tokenizer
     if epoch + 1 >= cfg.warmup_epochs and train_perplexity < max(2, 0.02 * cfg.codebook_size):
         raise UserError(f"the codebook has collapsed: of {cfg.codebook_size} codes about {train_perplexity:.0f} are in "
                         f"use after epoch {epoch + 1}: start anew in another output_dir, with "

@@ -183,7 +183,7 @@ def test_registers_are_seen_but_not_returned():
 def test_a_kept_layer_is_counted_from_one():
     model = tiny()
     x = model.embed(images())
-    last, kept = model.forward_blocks(x, keep=(1, 3))
+    last, kept = model.forward_blocks(x, model.shared_position_bias(), keep=(1, 3))
     assert kept.keys() == {1, 3} and torch.equal(kept[3], last)
     assert torch.equal(kept[1], model.blocks[0](x))
 
@@ -208,9 +208,9 @@ def test_checkpointed_activations_give_the_same_gradients(rel_pos_bias):
 def test_autocast_keeps_the_residual_stream_in_float32():
     model = tiny_mim().eval()
     with torch.no_grad():
-        expected, _ = model.forward_blocks(model.embed(images(), MASKED, model.mask_token))
+        expected, _ = model.forward_blocks(model.embed(images(), MASKED, model.mask_token), model.shared_position_bias())
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden, _ = model.forward_blocks(model.embed(images(), MASKED, model.mask_token))
+            hidden, _ = model.forward_blocks(model.embed(images(), MASKED, model.mask_token), model.shared_position_bias())
     assert hidden.dtype == torch.float32
     assert F.cosine_similarity(hidden.flatten(), expected.flatten(), dim=0) > 0.999
 
@@ -279,6 +279,22 @@ def test_without_a_head_it_is_plain_masked_prediction():
     plain.load_state_dict({name: value for name, value in full.state_dict().items() if not name.startswith("cls_pt")})
     logits, nothing = plain(images(), MASKED)
     assert nothing is None and torch.equal(logits, full(images(), MASKED)[0])
+
+
+def test_a_separate_head_begins_as_the_shared_one_does():
+    """Both output layers: normal, cut off at one standard deviation of .02, without bias. (Its layers do not.)"""
+    model = MaskedImageModel(**TINY, vocab_size=200, early_layers=1, shared_lm_head=False)
+    for layer in (model.lm_head, model.cls_pt_lm_head):
+        assert layer.weight.abs().max() <= 0.02 and 0.009 < layer.weight.std() < 0.013
+        assert not layer.bias.any()
+
+
+def test_the_shared_bias_is_built_once_per_forward(monkeypatch):
+    model, built = tiny_mim(rel_pos_bias="shared"), []
+    position_bias = model.position_bias
+    monkeypatch.setattr(model, "position_bias", lambda table: built.append(table) or position_bias(table))
+    model(images(), MASKED)
+    assert len(built) == 1
 
 
 @pytest.mark.parametrize("shared_lm_head", [True, False])
@@ -418,7 +434,7 @@ def test_tables_and_embeddings_are_resized_on_loading(size):
 
 
 def test_an_unknown_tensor_is_an_error_that_names_it():
-    with pytest.raises(ModelError, match=r"holds tensors that this model has not: foreign\.weight"):
+    with pytest.raises(ModelError, match=r"holds tensors that this model does not have: foreign\.weight"):
         load_pretrained(tiny(), tiny().state_dict() | {"foreign.weight": torch.ones(2)})
 
 

@@ -237,7 +237,7 @@ def test_workers_leave_ctrl_c_to_the_parent():
 def test_the_loader_leaves_the_default_generator_alone():
     loader = data.TrainLoader(full_view(shapes()), 4, seed=1)
     before = torch.get_rng_state()
-    list(loader.epoch(0)), list(data.ValLoader(shapes(), 16, 4))
+    list(loader.epoch(0)), list(data.ValLoader(data.ValView(shapes(), 16), 4))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -246,7 +246,7 @@ def test_the_loader_leaves_the_default_generator_alone():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_each_validation_image_counts_once(world_size):
-    loaders = [data.ValLoader(shapes("val", 10), 16, 3, rank, world_size) for rank in range(world_size)]
+    loaders = [data.ValLoader(data.ValView(shapes("val", 10), 16), 3, rank, world_size) for rank in range(world_size)]
     batches = [batch for loader in loaders for batch in loader]
     assert sorted(i for batch in batches for i in batch["index"].tolist()) == list(range(10))
     assert len(batches) == sum(map(len, loaders))
@@ -254,10 +254,10 @@ def test_each_validation_image_counts_once(world_size):
 
 
 def test_a_chosen_few_are_divided_among_the_ranks():
-    loaders = [data.ValLoader(shapes("val", 10), 16, 2, rank, 2, indices=[7, 1, 4]) for rank in (0, 1)]
+    loaders = [data.ValLoader(data.ValView(shapes("val", 10), 16), 2, rank, 2, indices=[7, 1, 4]) for rank in (0, 1)]
     assert [[i for batch in loader for i in batch["index"].tolist()] for loader in loaders] == [[7, 4], [1]]
     with pytest.raises(UserError, match="cannot be shared by 2 processes"):  # on every rank, or one would wait for ever
-        data.ValLoader(shapes("val", 10), 16, 2, 0, 2, indices=[7])
+        data.ValLoader(data.ValView(shapes("val", 10), 16), 2, 0, 2, indices=[7])
 
 
 @pytest.mark.parametrize("size, left_out", [(224, 16), (384, 0)])
@@ -267,7 +267,7 @@ def test_the_evaluation_crop(size, left_out):
         def __len__(self): return 1
         def load(self, _): return Image.fromarray(np.tile(np.linspace(0, 255, 1024).astype(np.uint8), (512, 1))).convert("RGB")
         def label(self, _): return 0
-    (batch,) = data.ValLoader(Ramp(), size, 1)
+    (batch,) = data.ValLoader(data.ValView(Ramp(), size), 1)
     assert batch["image"].shape == (1, 3, size, size) and batch["image"].dtype == torch.uint8
     shorter = size + 2 * left_out  # 256 for 224
     margin = (2 * shorter - size) / 2 / (2 * shorter)  # of the width, on either side
@@ -299,6 +299,14 @@ def test_an_unreadable_training_image_is_named_and_replaced(tmp_path, capsys, wo
     assert capsys.readouterr().err.count(str(broken)) == 1
 
 
+def test_each_rank_may_meet_its_share_of_unreadable_images():
+    """Of 800 images, 1 % is 8: for each of four ranks, which sees 200 of them in an epoch, it is 2."""
+    loader = data.TrainLoader(data.TrainView(shapes(count=800), 0, 16), 4, seed=0, rank=3, world_size=4)
+    loader.count_unreadable(["a", "", "b\na"])
+    with pytest.raises(UserError, match="3 of 200 .* more than 1 %"):
+        loader.count_unreadable(["c"])
+
+
 def test_too_many_unreadable_training_images_end_the_run(tmp_path):
     config = folder(tmp_path, train=120)
     truncate(tmp_path / "train/dog/007.png")
@@ -322,8 +330,8 @@ def test_nothing_but_unreadable_images(tmp_path, workers):
 def test_an_unreadable_validation_image_is_an_error(tmp_path, workers):
     config = folder(tmp_path)
     truncate(tmp_path / "val/cat/004.png")
-    with pytest.raises(UserError, match=r"^the validation image '.*val/cat/004.png' cannot be read[^\n]*$"):
-        list(data.ValLoader(data.open_dataset(config, "val"), 16, 4, workers=workers))
+    with pytest.raises(UserError, match=r"^the image '.*val/cat/004.png' cannot be read[^\n]*$"):
+        list(data.ValLoader(data.ValView(data.open_dataset(config, "val"), 16), 4, workers=workers))
 
 
 def test_sentences_for_missing_folders(tmp_path):

@@ -110,7 +110,7 @@ def test_masked_image_model(name):
         masked = masked_positions(part, int(part[0].sum()))
         for kept, logits in zip((logits_mim, logits_cls), model(images, masked)):
             kept.append(logits.flatten(0, 1))  # masked patches in row order, as published
-        tokens, _ = model.forward_blocks(model.embed(images, masked, model.mask_token))
+        tokens, _ = model.forward_blocks(model.embed(images, masked, model.mask_token), model.shared_position_bias())
         features.append(model.norm(tokens)[:, 1:])
     logits_mim, logits_cls, features = map(torch.cat, (logits_mim, logits_cls, features))
     assert_close(logits_mim, data["logits_mim"], "logits_mim")
@@ -135,7 +135,8 @@ def test_classifier(name):
     assert_loads_key_for_key(model, data["state_dict"])
 
     states = data["hidden_states"]
-    _, kept = model.forward_blocks(model.embed(data["images"]), keep=tuple(range(1, len(states) + 1)))
+    _, kept = model.forward_blocks(model.embed(data["images"]), model.shared_position_bias(),
+                                   keep=tuple(range(1, len(states) + 1)))
     for layer, state in enumerate(states, start=1):
         assert_close(kept[layer], state, f"hidden state after block {layer}")
     logits = model(data["images"])

@@ -150,7 +150,8 @@ def differences(a, b, tolerance: float = 0.0) -> list[str]:
 # What the ranks' generators draw would differ, so drop path and mixup are off; everything that a sample draws is on.
 # Every step has its line. Codes are revived: half of those that k-means finds in 8 images soon have too few hits.
 COMPARED = {
-    "tokenizer": ["tokenizer.log_every=1", "tokenizer.ema_decay=0.5", "tokenizer.revive_below=4.0"],
+    "tokenizer": ["tokenizer.log_every=1", "tokenizer.ema_decay=0.5", "tokenizer.revive_below=4.0",
+                  "tokenizer.mean_start=true"],
     "pretrain": ["pretrain.log_every=1"],
     "finetune": ["finetune.log_every=1", "finetune.drop_path=0", "finetune.mixup=0", "finetune.cutmix=0",
                  "finetune.erase=0.5", "finetune.ema_decay=0.9"],
@@ -185,6 +186,9 @@ for name, script, interrupt_at, arguments in json.loads(plan):
 """
 
 
+ACCUMULATED = [stage for stage in COMPARED if stage != "knn"]
+
+
 def script_of(stage: str) -> str:
     return stage if stage in SCRIPTS else "finetune"
 
@@ -194,8 +198,9 @@ def two_ranks(home):
     """What two processes made of it, each with half of every batch: the outcome of each run on which both ranks agree."""
     plan = [(stage, script_of(stage), 0, arguments(home, "two", *changes)) for stage, changes in COMPARED.items()]
     # The same again in pieces: each rank's half of a batch in two parts.
-    plan += [(f"{stage}_parts", stage, 0, arguments(home, "two_parts", *COMPARED[stage], f"{stage}.device_batch_size=2"))
-             for stage in SCRIPTS]
+    plan += [(f"{stage}_parts", script_of(stage), 0,
+              arguments(home, "two_parts", *COMPARED[stage], f"{script_of(stage)}.device_batch_size=2"))
+             for stage in ACCUMULATED]
     again = arguments(home, "two_stopped", *COMPARED["pretrain"])
     plan += [("stopped", "pretrain", 3, again), ("continued", "pretrain", 0, again)]
     few = ["data.train_images=1", "pretrain.batch_size=2"]
@@ -239,19 +244,15 @@ def test_two_processes_do_what_one_does(home, one_rank, two_ranks, stage):
     assert_same_run(one_rank(stage), home / "two" / stage)
 
 
-@pytest.mark.parametrize("stage", SCRIPTS)
+@pytest.mark.parametrize("stage", ACCUMULATED)
 def test_accumulated_gradients_are_those_of_the_whole_batch(home, one_rank, two_ranks, stage):
-    """device_batch_size changes the memory a step takes, and nothing else; with two processes as with one."""
-    start(stage, home, "parts", *COMPARED[stage], f"{stage}.device_batch_size=3")  # 4 parts of 2
+    """device_batch_size changes the memory a step takes, and nothing else; with two processes as with one. The linear
+    probe's BatchNorm sees the whole batch."""
+    script = script_of(stage)
+    start(script, home, "parts", *COMPARED[stage], f"{script}.device_batch_size=3")  # 4 parts of 2
     assert_same_run(one_rank(stage), home / "parts" / stage)
     assert two_ranks.get(f"{stage}_parts") == "done"
     assert_same_run(one_rank(stage), home / "two_parts" / stage)
-
-
-def test_linear_probe_does_not_depend_on_the_device_batch(home, one_rank):
-    """Its BatchNorm must see the whole batch, however many images a device holds at a time."""
-    start("finetune", home, "parts", *COMPARED["linear_probe"], "finetune.device_batch_size=2")
-    assert_same_run(one_rank("linear_probe"), home / "parts/linear_probe")
 
 
 def test_codes_are_revived_in_the_runs_compared(home, one_rank):
@@ -423,12 +424,66 @@ def test_a_finished_run_started_again(home, capsys):
     assert files == {file: file.read_bytes() for file in (home / "base/pretrain").iterdir()}
 
 
+def test_a_stage_that_starts_from_an_unfinished_one_says_so(home, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(engine.Interrupted):
+        interrupt(patch, 3, signal.SIGTERM)
+        start("tokenizer", home, "early")
+    weights = home / "early/tokenizer/last.pt"
+    start("pretrain", home, "early", f"pretrain.tokenizer_weights={weights}", "pretrain.epochs=1", "pretrain.warmup_epochs=0")
+    assert f"note: '{weights}' is unfinished, at step 3 of 16" in capsys.readouterr().out
+
+
 def test_a_changed_config_is_not_continued(home):
     """A run that goes on with other values than it began with would be neither of the two."""
     text = refusal("pretrain", home, "base", "pretrain.lr=2e-3", "tokenizer.codebook_dim=8", "pretrain.num_masked=5")
     assert "pretrain.lr was 0.001 and is 0.002" in text and "pretrain.num_masked was 6 and is 5" in text
     assert "codebook_dim" not in text and "output_dir" in text
     start("pretrain", home, "base", "data.workers=1", "pretrain.save_every=9")  # these change no result
+
+
+def test_other_images_are_not_continued_with(home):
+    """`data.root` may move, but the images must be as many: else the schedule and the order would be another's."""
+    text = refusal("pretrain", home, "base", "data.val_images=7", "data.root=elsewhere", "pretrain.epochs=3")
+    assert "pretrain.epochs was 2 and is 3" in text and "data.root" not in text
+    root = home / "counted"
+    for split, count in (("train", 24), ("val", 1)):
+        picture(root, split, "cat", count)
+    given = "data.dataset=imagefolder", f"data.root={root}"
+    start("pretrain", home, "counted_run", *given)
+    picture(root, "train", "cat", 32)
+    text = refusal("pretrain", home, "counted_run", *given)
+    assert "3 steps per epoch" in text and "make 4" in text and "output_dir" in text
+
+
+def picture(root: Path, split: str, name: str, count: int):
+    from PIL import Image
+    (root / split / name).mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.new("RGB", (16, 16), (i, 2 * i, 3 * i)).save(root / split / name / f"{i}.png")
+
+
+def test_a_training_image_that_cannot_be_read_ends_no_run(home, capfd):
+    """Neither in a step nor in the k-NN pulse, which looks at training images once more: of 101, one may be broken."""
+    picture(home / "broken", "train", "cat", 50)
+    picture(home / "broken", "train", "dog", 51)
+    for name in ("cat", "dog"):
+        picture(home / "broken", "val", name, 2)
+    (home / "broken/train/cat/7.png").write_bytes(b"no picture")
+    given = "data.dataset=imagefolder", f"data.root={home}/broken"
+    folder = start("pretrain", home, "broken_run", *given, "pretrain.batch_size=16", "pretrain.epochs=3") / "pretrain"
+    assert metrics(folder)[-1]["val"].keys() == {"knn_cls", "knn_mean"}
+    assert "cat/7.png' cannot be read" in capfd.readouterr().err
+    (home / "broken/val/cat/1.png").write_bytes(b"no picture")
+    assert "val/cat/1.png' cannot be read" in refusal("pretrain", home, "broken_val", *given)
+
+
+def test_a_collapsed_tokenizer_is_no_finished_one(home, monkeypatch):
+    """Else the same command would say that it is finished, and pre-training would take it."""
+    figures = tokenizer.CodeUsage.figures
+    monkeypatch.setattr(tokenizer.CodeUsage, "figures", lambda usage: figures(usage) | {"perplexity": 1.0})
+    for _ in range(2):
+        assert "collapsed" in refusal("tokenizer", home, "collapsed")
+    assert torch.load(home / "collapsed/tokenizer/last.pt", weights_only=True)["step"] == 4  # of 8 in an epoch
 
 
 # --- mistakes: one clear sentence each --------------------------------------------------------------------------
@@ -459,6 +514,8 @@ def test_a_typo_in_a_key(home, script):
     ("pretrain.epochs=ten", "whole number"), ("pretrain.epochs=1.5", "whole number"), ("pretrain.epochs=true", "whole number"),
     ("pretrain.lr=high", "number"), ("pretrain.lr=yes", "number"), ("pretrain.betas=0.9", "list of 2"),
     ("pretrain.betas=[0.9,0.95,0.99]", "list of 2"), ("pretrain.shared_lm_head=1", "true or false"),
+    ("seed=-1", "at least 0"), ("data.workers=-1", "at least 0"), ("model.patch_size=0", "at least 1"),
+    ("pretrain.drop_path=1.5", "at most 1"), ("pretrain.betas=[0.9,2]", "at most 1"), ("pretrain.num_masked=0", "at least 1"),
     ("data.root=3", "text"), ("data.dataset=shape", "shapes"), ("model.size=huge", "large"), ("seed=a", "whole number")])
 def test_a_value_of_the_wrong_type(home, change, must_be):
     key, _, value = change.partition("=")
@@ -539,12 +596,31 @@ def test_a_checkpoint_of_another_model_or_codebook(home):
     """The message names what differs, with both sizes."""
     text = refusal("pretrain", home, "wrong", "tokenizer.codebook_size=32")
     assert "quantize.embedding.weight is [16, 8] there and [32, 8] here" in text and "base/tokenizer/last.pt" in text
-    text = refusal("pretrain", home, "wrong", "tokenizer.embed_dim=64")
-    assert "[1, 1, 32] there and [1, 1, 64] here" in text
-    text = refusal("finetune", home, "wrong", "model.embed_dim=64")
-    assert "[1, 1, 32] there and [1, 1, 64] here" in text and "base/pretrain/last.pt" in text
-    assert "blocks.2." in refusal("finetune", home, "wrong", "model.depth=3")
-    assert "blocks.1." in refusal("finetune", home, "wrong", "model.depth=1")
+    for key in ("embed_dim", "depth", "num_heads"):  # of which the last changes no tensor's shape
+        before = {"embed_dim": 32, "depth": 1, "num_heads": 2}[key]
+        text = refusal("pretrain", home, "wrong", f"tokenizer.{key}={2 * before}")
+        assert f"tokenizer.{key}={before} there, tokenizer.{key}={2 * before} here" in text
+    for key, before in (("embed_dim", 32), ("depth", 2), ("num_heads", 2)):
+        text = refusal("finetune", home, "wrong", f"model.{key}={2 * before}")
+        assert f"model.{key}={before} there, model.{key}={2 * before} here" in text and "base/pretrain/last.pt" in text
+    # Published files do not say what they are.
+    torch.save({"model": checkpoint(home / "base/pretrain/last.pt")["model"]}, home / "published.pth")
+    given = f"finetune.weights={home}/published.pth"
+    assert "[1, 1, 32] there and [1, 1, 64] here" in refusal("finetune", home, "wrong", given, "model.embed_dim=64")
+    assert "blocks.2." in refusal("finetune", home, "wrong", given, "model.depth=3")
+    assert "blocks.1." in refusal("finetune", home, "wrong", given, "model.depth=1")
+
+
+def test_a_teacher_of_another_shape_than_the_student(home):
+    """One of our own checkpoints says itself what it is. Whom a tokenizer learned from does not matter later on."""
+    given = "tokenizer.teacher=beitv2", f"tokenizer.teacher_weights={home}/base/pretrain/last.pt"
+    changes = "model.embed_dim=48", "model.depth=1", "model.num_heads=3"
+    start("tokenizer", home, "own_teacher", *given, *changes)
+    weights = f"pretrain.tokenizer_weights={home}/own_teacher/tokenizer/last.pt"
+    start("pretrain", home, "own_teacher", *given, *changes, weights)
+    assert "beitv2" in refusal("tokenizer", home, "wrong_teacher", "tokenizer.teacher=beitv2")
+    text = refusal("tokenizer", home, "wrong_teacher", *given[:1], f"tokenizer.teacher_weights={home}/published.pth")
+    assert "does not say what model it holds" in text
 
 
 def test_an_empty_class_folder(home):
@@ -566,7 +642,10 @@ def test_an_image_size_that_patches_do_not_divide(home, script):
 def test_numbers_of_masked_patches_that_cannot_be(home):
     text = refusal("pretrain", home, "wrong_masks", "pretrain.num_masked=17")
     assert "num_masked" in text and "17" in text and "16 patches" in text
-    assert "num_masked" in refusal("pretrain", home, "wrong_masks", "pretrain.num_masked=0")
+
+
+def test_a_crop_scale_the_wrong_way_round(home):
+    assert "crop_scale is [1.0, 0.2]" in refusal("pretrain", home, "wrong_crop", "pretrain.crop_scale=[1,0.2]")
 
 
 def test_a_layer_that_the_backbone_has_not(home):
@@ -625,9 +704,18 @@ def assert_one_sentence(done: subprocess.CompletedProcess, *parts: str):
     assert "Traceback" not in before and 'File "' + str(CODE) not in done.stderr
 
 
-def test_two_processes_say_a_mistake_once(home):
-    done = torchrun(2, "tokenizer.py", *arguments(home, "mistake", "data.image_size=18"))
-    assert_one_sentence(done, "patch")
+@pytest.mark.parametrize("mistake, parts", [("data.image_size=18", ["patch"]), ("data.rooot=x", ["data.rooot", "data.root"])])
+def test_two_processes_say_a_mistake_once(home, mistake, parts):
+    """Before they know of each other, and after."""
+    assert_one_sentence(torchrun(2, "tokenizer.py", *arguments(home, "mistake", mistake)), *parts)
+
+
+def test_what_one_of_two_processes_meets_is_said_once(home):
+    """The disk is full for rank 0, which alone writes checkpoints; the other one must not end in a traceback."""
+    (home / "full_two/tokenizer").mkdir(parents=True)
+    (home / "full_two/tokenizer/last.part").symlink_to("/dev/full")
+    done = torchrun(2, "tokenizer.py", *arguments(home, "full_two"))
+    assert_one_sentence(done, "full_two/tokenizer/last.pt", "free some space")
 
 
 def test_base_without_imagenet_and_network(home):

@@ -4,6 +4,7 @@ What the published code computes is compared in test_parity.py; the training loo
 test_scripts.py.
 """
 
+import contextlib
 import math
 import types
 import warnings
@@ -47,7 +48,7 @@ def test_hog_of_a_ramp_points_along_its_gradient(degrees):
 
 
 def test_hog_ignores_brightness_and_mirrors_with_the_image():
-    teacher, images = vqkd.HOG(8), torch.rand(1, 3, 16, 16)
+    teacher, images = vqkd.HOG(8), torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(teacher(images), teacher(images * 0.5 + 0.3), atol=0.03)
     assert teacher(torch.full((1, 3, 16, 16), 0.3)).abs().max() == 0, "nothing to see in a flat image"
     mirrored = teacher(images.flip(-1)).view(2, 2, 3, 9, 2, 2).flip(1).flip(-1)
@@ -216,8 +217,26 @@ def test_usage_can_be_full_while_perplexity_shows_the_collapse():
 
 
 def test_a_collapse_ends_the_run_with_advice_but_not_during_warm_up():
-    config = types.SimpleNamespace(tokenizer=vqkd.TokenizerConfig(codebook_size=1024, warmup_epochs=2))
-    vqkd.check_collapse(7.0, epoch=0, config=config)
-    vqkd.check_collapse(500.0, epoch=5, config=config)
+    cfg = vqkd.TokenizerConfig(codebook_size=1024, warmup_epochs=2)
+    vqkd.check_collapse(7.0, epoch=0, cfg=cfg)
+    vqkd.check_collapse(500.0, epoch=5, cfg=cfg)
     with pytest.raises(UserError, match="about 7 are in use.*revive_below=0.1"):
-        vqkd.check_collapse(7.0, epoch=1, config=config)
+        vqkd.check_collapse(7.0, epoch=1, cfg=cfg)
+
+
+def test_a_mean_start_gives_the_mean_of_the_teacher_whatever_the_code():
+    """`start_from_first_batch` on two micro-batches: the decoder's output is the teacher's mean direction everywhere."""
+    torch.manual_seed(0)
+    config = types.SimpleNamespace(seed=0, tokenizer=vqkd.TokenizerConfig(mean_start=True, kmeans_init=False))
+    width = dict(embed_dim=8, depth=1, num_heads=2)
+    model = vqkd.VQKD(16, 4, width, width, codebook_size=4, codebook_dim=4, teacher_dim=6)
+    batches = [{"image": torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)} for _ in range(2)]
+    teacher = lambda images: images.flatten(1)[:, :96].view(-1, 16, 6) + 0.1  # noqa: E731
+    run = types.SimpleNamespace(config=config, autocast=contextlib.nullcontext, micro_batches=lambda given: given,
+                                loader=types.SimpleNamespace(epoch=lambda epoch: batches))
+    codebook = model.quantize.embedding.weight.clone()
+    vqkd.start_from_first_batch(run, model, teacher)
+    assert torch.equal(model.quantize.embedding.weight, codebook)
+    features = torch.cat([teacher(batch["image"] / 255) for batch in batches])  # [4, 16, 6]
+    mean = F.normalize(features, dim=-1).mean(dim=(0, 1))
+    assert torch.allclose(model.decode(torch.randn(3, 16, 4)), F.normalize(mean, dim=0).expand(3, 16, 6), atol=1e-6)
