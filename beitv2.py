@@ -210,7 +210,7 @@ class VisionTransformer(nn.Module):
     """
 
     # Parts of checkpoints that this model has no use for, and parts of its own that may begin untrained.
-    droppable = ("mask_token", "lm_head.", "cls_pt_layers.", "cls_pt_norm.", "cls_pt_lm_head.")
+    droppable = ("mask_token", "lm_head.", "cls_pt_layers.", "cls_pt_norm.", "cls_pt_lm_head.", "head.")
     may_be_fresh = ()
 
     def __init__(self, image_size: int = 224, patch_size: int = 16, embed_dim: int = 768, depth: int = 12,
@@ -571,6 +571,21 @@ def load_pretrained(model: nn.Module, checkpoint: str | Path | dict, source: str
             raise ModelError(f"'{report.source}' {problem}: {shown}; it was made with another model or codebook, so "
                              f"make the configuration agree with it or choose another checkpoint")
     return report
+
+
+def timm_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A backbone or classifier as timm's `beitv2_*` models want it, for `timm.create_model(..., checkpoint_path=...)`.
+
+    timm took over the published names, but has a bias table in each block and no heads of pre-training.
+    """
+    shared = state.get("rel_pos_bias.relative_position_bias_table")
+    kept = {name: value for name, value in state.items()
+            if not name.startswith(("mask_token", "lm_head.", "cls_pt_", "rel_pos_bias."))
+            and not name.endswith(ALWAYS_DROPPED_ENDS)}
+    if shared is not None:
+        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+        kept |= {f"blocks.{i}.attn.relative_position_bias_table": shared.clone() for i in range(depth)}
+    return kept
 
 
 def check_dimensions(content: dict, source: str | Path, section: str, here) -> None:

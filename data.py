@@ -9,6 +9,8 @@ same for any number of workers, and can continue in the middle of an epoch witho
 """
 
 import functools
+import glob
+import itertools
 import math
 import os
 import signal
@@ -36,7 +38,7 @@ class DataConfig:
     """The section `data` of a config file."""
 
     dataset: Literal["imagefolder", "cifar10", "cifar100", "stl10", "imagenette", "food101", "oxford_pets",
-                     "fashion_mnist", "shapes"] = "imagefolder"  # where the images come from
+                     "fashion_mnist", "shapes", "ade20k"] = "imagefolder"  # where the images come from
     root: str = "data"  # folder of the data set: ROOT/{train,val}/CLASS/*.jpg, or where to download to
     download: bool = False  # fetch a named data set that is not in `root`
     image_size: Count = 224  # pixels, square
@@ -52,6 +54,9 @@ class DataConfig:
 
 def open_dataset(config: DataConfig, split: Literal["train", "val"]):
     """The data set's `split`; a missing, empty or inconsistent one is a UserError that says what to do."""
+    if config.dataset == "ade20k":
+        raise UserError("data.dataset: ade20k is for segment.py: for the other scripts, set data.dataset to "
+                        "imagefolder or to a named data set")
     if config.dataset == "shapes":
         return Shapes(split, config.train_images if split == "train" else config.val_images, config.image_size)
     root = os.path.expanduser(config.root)
@@ -110,7 +115,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def open_folder(root: str, split: str) -> Images:
     """ROOT/SPLIT/CLASS/*.jpg; labels number the class folders of ROOT/train in alphabetical order."""
-    folder = os.path.join(root, split)
+    folder = os.path.join(root, split) if split else root
     if not os.path.isdir(folder):
         raise UserError(f"data.root: '{root}' has no folder '{split}': put ImageNet-style folders "
                         f"{root}/train/CLASS/*.jpg and {root}/val/CLASS/*.jpg there, or set data.root=PATH"
@@ -132,6 +137,29 @@ def open_folder(root: str, split: str) -> Images:
         raise UserError(f"data.root: the class folder '{os.path.join(folder, classes[empty[0]])}' holds no image "
                         f"({', '.join(tv.folder.IMG_EXTENSIONS)}): put images there, or remove the folder")
     return Images(paths, labels, classes, title=folder)
+
+
+def open_files(pattern: str) -> Images:
+    """The image at a path, those of a folder and its sub-folders, or those that a pattern such as *.jpg finds."""
+    pattern = os.path.expanduser(pattern)
+    if os.path.isdir(pattern):
+        paths = [os.path.join(folder, name) for folder, _, names in os.walk(pattern) for name in names
+                 if name.lower().endswith(tv.folder.IMG_EXTENSIONS)]
+    else:
+        paths = [pattern] if os.path.isfile(pattern) else glob.glob(pattern)
+    paths = sorted(path for path in paths if os.path.isfile(path))
+    if not paths:
+        raise UserError(f"there is no image at '{pattern}': give the path of an image or folder, or a pattern such as "
+                        f"'*.jpg'")
+    return Images(paths, [0] * len(paths), [], title=pattern)
+
+
+def open_val_folder(config: DataConfig):
+    """What to evaluate: the validation split, or, for an `imagefolder` without splits, the class folders in ROOT."""
+    root = os.path.expanduser(config.root)
+    if config.dataset == "imagefolder" and os.path.isdir(root) and not os.path.isdir(os.path.join(root, "val")):
+        return open_folder(root, "")
+    return open_dataset(config, "val")
 
 
 def class_folders(folder: str) -> list[str]:
@@ -357,8 +385,42 @@ def check_num_masked(num_masked: int, grid: int):
 # ---------------------------------------------------------------------------------------------------------
 
 
-class TrainView(Dataset):
-    """view[epoch, index] is a training sample, the same whenever and wherever it is drawn. It holds:
+class SampleView(Dataset):
+    """view[epoch, index] is what `draw(index)` makes of an image, the same whenever and wherever it is drawn."""
+
+    def __init__(self, dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, epoch_and_index: tuple[int, int]) -> dict:
+        # torchvision draws from the default CPU generator: seed it for this sample, and restore it after.
+        # `torch.manual_seed` would reach for the GPU's generators too, which belong to the training loop.
+        with torch.random.fork_rng(devices=[]):
+            sample_seed = np.random.SeedSequence((self.seed, *epoch_and_index)).generate_state(1, np.uint64)
+            torch.default_generator.manual_seed(int(sample_seed[0]))
+            return self.draw(epoch_and_index[1])
+
+    def load(self, index: int):
+        return self.dataset.load(index)
+
+    def load_or_replace(self, index: int) -> tuple:
+        """What `load` gives, or, if it cannot be read, for a random other image; its index; the unreadable names."""
+        unreadable = []
+        for _ in range(10):
+            try:
+                return self.load(index), index, "\n".join(unreadable)
+            except UserError:
+                raise
+            except Exception:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, ...
+                unreadable.append(self.dataset.name(index))
+                index = int(torch.randint(len(self.dataset), ()))
+        raise UserError(f"ten images in a row cannot be read, among them '{unreadable[0]}': repair or remove them")
+
+
+class TrainView(SampleView):
+    """view[epoch, index], for classification and pre-training, holds:
 
     image   uint8 [3, S, S], a random resized crop, flipped half the time
     label   int64, the class; index: int64, the image's place in the data set
@@ -375,23 +437,13 @@ class TrainView(Dataset):
         if not 0 < crop_scale[0] <= crop_scale[1]:
             raise UserError(f"crop_scale is {list(crop_scale)}, and must be [smallest, largest] share of the image's "
                             f"area, both above 0")
-        self.dataset, self.seed, self.size = dataset, seed, image_size
+        super().__init__(dataset, seed)
+        self.size = image_size
         self.crop_scale, self.jitter, self.erase = crop_scale, jitter, erase
         self.num_masked, self.mask_grid, self.min_block = num_masked, mask_grid, min_block
         # With 11 bins, magnitude 9 means timm's angles and strengths (`rand-m9-mstd0.5-inc1` without its noise).
         mean_colour = [round(255 * channel) for channel in IMAGENET_MEAN]
         self.rand_augment = v2.RandAugment(2, 9, 11, interpolation=BICUBIC, fill=mean_colour) if rand_augment else None
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, epoch_and_index: tuple[int, int]) -> dict:
-        # torchvision draws from the default CPU generator: seed it for this sample, and restore it after.
-        # `torch.manual_seed` would reach for the GPU's generators too, which belong to the training loop.
-        with torch.random.fork_rng(devices=[]):
-            sample_seed = np.random.SeedSequence((self.seed, *epoch_and_index)).generate_state(1, np.uint64)
-            torch.default_generator.manual_seed(int(sample_seed[0]))
-            return self.draw(epoch_and_index[1])
 
     def draw(self, index: int) -> dict:
         image, index, unreadable = self.load_or_replace(index)
@@ -410,17 +462,6 @@ class TrainView(Dataset):
         if self.erase > 0:
             sample["erase"] = self.erased_box(sample["image"])
         return sample
-
-    def load_or_replace(self, index: int) -> tuple[Image.Image, int, str]:
-        """The image, or, if it cannot be read, a random other one; its index; the unreadable ones' names."""
-        unreadable = []
-        for _ in range(10):
-            try:
-                return self.dataset.load(index), index, "\n".join(unreadable)
-            except Exception:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, ...
-                unreadable.append(self.dataset.name(index))
-                index = int(torch.randint(len(self.dataset), ()))
-        raise UserError(f"ten images in a row cannot be read, among them '{unreadable[0]}': repair or remove them")
 
     def erased_box(self, image: torch.Tensor) -> torch.Tensor:
         """Random erasing (arXiv 1708.04896): a box of 2 to 33 % of the image. The device fills it."""
@@ -472,6 +513,28 @@ class TrainLoader:
         if len(self.unreadable) > 0.01 * share:
             raise UserError(f"{len(self.unreadable)} of {share:.0f} training images cannot be read, among them "
                             f"'{min(self.unreadable)}': that is more than 1 %, so repair or remove them first")
+
+
+class Rounds:
+    """The endless sequence of a TrainLoader's epochs, cut into rounds of `steps` each, for runs that count steps.
+
+    A step takes `accumulation` batches. What does not fill a step at the end of an epoch is left out.
+    """
+
+    def __init__(self, loader: TrainLoader, steps: int, accumulation: int):
+        self.loader, self.batches_per_epoch = loader, steps * accumulation  # here: of a round
+        self.whole = loader.batches_per_epoch // accumulation * accumulation
+        if self.whole == 0:
+            raise UserError("the training set is smaller than one batch: lower the batch size or add images")
+
+    def epoch(self, number: int, start: int = 0):
+        """Yields the batches of a round from number `start` on, like TrainLoader.epoch."""
+        first, end = number * self.batches_per_epoch + start, (number + 1) * self.batches_per_epoch
+        while first < end:
+            epoch, skipped = divmod(first, self.whole)
+            for batch in itertools.islice(self.loader.epoch(epoch, skipped), min(self.whole - skipped, end - first)):
+                first += 1
+                yield batch
 
 
 class EpochBatches:
@@ -529,26 +592,36 @@ class ValView(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         try:
-            image = self.dataset.load(index)
-        except Exception as error:
-            if not self.strict:
-                return self[(index + 1) % len(self)]
-            raise UserError(f"the image '{self.dataset.name(index)}' cannot be read ({one_line(error)}): repair or "
-                            f"remove it") from error
+            image = load_strictly(self.dataset.load, self.dataset, index)
+        except UserError:
+            if self.strict:
+                raise
+            return self[(index + 1) % len(self)]
         # The usual margin of 256 / 224 around the crop; large inputs leave none, as in the paper's evaluation.
         shorter_side = round(self.size * 256 / 224) if self.size < 384 else self.size
         image = TF.center_crop(TF.resize(image, [shorter_side], BICUBIC), [self.size, self.size])
         return {"image": TF.pil_to_tensor(image), "label": self.dataset.label(index), "index": index}
 
 
+def load_strictly(load, dataset, index: int):
+    """load(index), where whatever a decoder raises becomes a UserError that names the image."""
+    try:
+        return load(index)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the image '{dataset.name(index)}' cannot be read ({one_line(error)}): repair or remove "
+                        f"it") from error
+
+
 class ValLoader:
     """Batches of the view's images (or of those in `indices`), each once over all ranks: its dicts, collated.
 
     Rank r of W has positions r, r + W, ... No padding: a rank may have one image fewer than another. UserError if
-    there are more ranks than images; while iterating, if an image cannot be read.
+    there are more ranks than images; while iterating, if an image cannot be read. batch_size None: image by image.
     """
 
-    def __init__(self, view: Dataset, batch_size: int, rank=None, world_size=None, workers=0, indices=None):
+    def __init__(self, view: Dataset, batch_size: int | None, rank=None, world_size=None, workers=0, indices=None):
         rank = engine.rank() if rank is None else rank
         world_size = engine.world_size() if world_size is None else world_size
         chosen = range(len(view)) if indices is None else indices

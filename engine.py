@@ -56,8 +56,8 @@ def launch(main: Callable[[], None], *expected: type[Exception]) -> None:
     except (UserError, *expected) as error:
         fail(" ".join(str(error).split()))
     except torch.OutOfMemoryError:
-        fail("the device is out of memory: set a smaller device_batch_size (the result stays the same: gradients are "
-             "accumulated), or model.checkpoint_activations=true")
+        fail("the device is out of memory: set a smaller device_batch_size (the result stays the same, but for "
+             "BatchNorm's statistics in segment.py: gradients are accumulated), or model.checkpoint_activations=true")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
@@ -113,15 +113,12 @@ class RunConfig:
 
 
 @dataclass
-class TrainConfig:
-    """What each stage's section says about its optimisation. Batch sizes count images, schedules count epochs."""
+class OptimizerConfig:
+    """What each stage's section says about its optimisation."""
 
-    epochs: Count = 100
     batch_size: Count = 1024  # images per optimizer step, over all devices; no other value follows from it
     device_batch_size: Natural = 0  # the most images that one device holds; more are accumulated. 0: no limit
     lr: Amount = 1e-3  # peak learning rate
-    min_lr: Amount = 1e-6  # where the cosine ends
-    warmup_epochs: Amount = 5  # linear warm-up from 0
     betas: tuple[Share, Share] = (0.9, 0.999)  # AdamW
     weight_decay: Amount = 0.05
     clip_grad: Amount = 0.0  # largest gradient norm; 0: not clipped
@@ -129,9 +126,18 @@ class TrainConfig:
     save_every: Count = 500  # steps between two checkpoints within an epoch; one more follows each epoch
 
 
+@dataclass
+class TrainConfig(OptimizerConfig):
+    """The same for stages that count epochs and follow a cosine."""
+
+    epochs: Count = 100
+    min_lr: Amount = 1e-6  # where the cosine ends
+    warmup_epochs: Amount = 5  # linear warm-up from 0
+
+
 # A run may go on with other values of these: they change its speed or its place, and its result by rounding only.
 FREE_TO_CHANGE = {"output_dir", "device", "precision", "compile", "root", "download", "workers", "device_batch_size",
-                  "save_every", "checkpoint_activations", "eval_only"}
+                  "save_every", "checkpoint_activations", "eval_only", "overlays"}
 
 
 def load_config(sections: dict[str, type], arguments: list[str] | None = None) -> types.SimpleNamespace:
@@ -318,6 +324,13 @@ def gather_in_order(tensor: Tensor, total: int | None = None) -> Tensor:
     return torch.stack(parts, dim=1).flatten(0, 1)[:total]
 
 
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give all ranks the buffers of rank 0, such as BatchNorm's running statistics, which it would save too."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def on_main(function: Callable[[], Any]) -> Any:
     """Run `function` on rank 0 while the others wait, and give its result, or its UserError, to all."""
     outcome = [None, None]
@@ -480,9 +493,10 @@ class Run:
     no generator's state, and an interrupted run ends exactly where an uninterrupted one does.
     """
 
-    def __init__(self, stage: str, config: types.SimpleNamespace, train: TrainConfig):
+    def __init__(self, stage: str, config: types.SimpleNamespace, train: OptimizerConfig):
         self.stage, self.config, self.train = stage, config, train
-        self.section = stage if stage in SECTIONS else "finetune"  # its modes have stages of their own
+        # finetune's modes, and runs from scratch, have stages of their own.
+        self.section = next((section for section in SECTIONS if stage.startswith(section)), "finetune")
         self.device = setup_distributed(config.device)
         self.precision = Precision(config.precision, self.device)
         self.autocast = self.precision.autocast
@@ -504,6 +518,7 @@ class Run:
         self.totals: dict[str, list] = {}  # [sum, count] of each metric in this epoch
         self.recent_losses: list[float] = []  # of the window before, to be told if the next one breaks
         self.best = -math.inf  # highest score of an epoch so far
+        self.notes: dict[str, Any] = {}  # plain values to go with every checkpoint, such as the classes' names
         self.ddp: nn.Module | None = None  # the model that exchanges gradients, with several ranks
         self.stop_signal: int | None = None  # SIGINT or SIGTERM, once this rank has received one
 
@@ -517,6 +532,8 @@ class Run:
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """The training-ready twin of a model that is on the device: compiled and synchronised over ranks, as asked."""
+        if world_size() > 1 and self.device.type == "cuda":  # torch has it for GPUs only, and it must come first
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if self.config.compile == "true" or (self.config.compile == "auto" and self.device.type == "cuda"):
             model = torch.compile(model)
         if world_size() > 1:
@@ -591,17 +608,19 @@ class Run:
         """Write last.pt on rank 0, atomically: whatever happens, the previous one stays whole until then."""
         if rank() == 0:
             state = {key: part.state_dict() for key, part in self.parts.items()}
+            state |= self.notes
             state |= dict(scaler=self.precision.scaler.state_dict(), step=self.step, window=self.window,
                           totals=self.totals, best=self.best, steps_per_epoch=self.steps_per_epoch, stage=self.stage,
                           config=as_dict(self.config))
             save_atomically(state, self.checkpoint_file)
         self.saved_step = self.step
 
-    def save_model(self, name: str, model: nn.Module, **plain_values: Any) -> None:
-        """Write a model without its training state to OUTPUT_DIR/STAGE/NAME, on rank 0."""
+    def save_model(self, name: str, model: nn.Module, val: dict[str, float]) -> None:
+        """Write a model and its figures, without its training state, to OUTPUT_DIR/STAGE/NAME, on rank 0."""
         if rank() == 0:
-            state = dict(model=model.state_dict(), stage=self.stage, step=self.step, config=as_dict(self.config))
-            save_atomically(state | plain_values, self.folder / name)
+            state = dict(model=model.state_dict(), val=val, stage=self.stage, step=self.step,
+                         config=as_dict(self.config))
+            save_atomically(state | self.notes, self.folder / name)
 
     def request_stop(self, number: int, frame: Any) -> None:
         if self.stop_signal is None:
@@ -721,8 +740,9 @@ class Run:
                 step = self.step - steps + first * steps // len(value) + 1
                 recent = [*self.recent_losses, *values.get("loss", value)[:first].tolist()][-5:]
                 told = ", ".join(f"{loss:.4g}" for loss in recent) or "none"
+                warmup = "warmup_epochs" if hasattr(self.train, "warmup_epochs") else "warmup_iterations"
                 advice = (f"start anew in another output_dir with a lower {self.section}.lr or a longer "
-                          f"{self.section}.warmup_epochs")
+                          f"{self.section}.{warmup}")
                 if self.precision.name != "fp32" and self.saved_step:
                     advice += f", or go on from the checkpoint of step {self.saved_step} with precision=fp32"
                 raise UserError(f"the {name.replace('grad_norm', 'gradient')} is not finite at step {step} (the losses "
@@ -791,14 +811,15 @@ def changed_keys(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", before, after
 
 
-def stage_checkpoint(config: types.SimpleNamespace, stage: str, given: str, key: str) -> Path:
-    """Where an earlier stage's checkpoint lies: the one that `key` gives (path or URL), or OUTPUT_DIR/STAGE/last.pt."""
+def stage_checkpoint(config: types.SimpleNamespace, stage: str, given: str, key: str, name: str = "last.pt") -> Path:
+    """Where an earlier stage's checkpoint lies: the one that `key` gives (path or URL), or OUTPUT_DIR/STAGE/NAME."""
     if given:
         return fetch(given, key)
-    path = Path(config.output_dir) / stage / "last.pt"
+    path = Path(config.output_dir) / stage / name
     if not path.is_file():
-        raise UserError(f"there is no '{path}' yet: make it with `torchrun {stage}.py {config.file}`, or set "
-                        f"{key}=PATH_OR_URL")
+        script, scratch, _ = stage.partition("_scratch")
+        raise UserError(f"there is no '{path}' yet: make it with `torchrun {script}.py {config.file}"
+                        f"{f' {script}.weights=none' if scratch else ''}`, or set {key}=PATH_OR_URL")
     return path
 
 
@@ -806,7 +827,7 @@ def say_if_unfinished(content: dict, path: Path) -> None:
     """Say so when a checkpoint of an earlier stage comes from a run that has not ended."""
     section = content.get("config", {}).get(content.get("stage"))
     if section and "steps_per_epoch" in content:
-        total = section["epochs"] * content["steps_per_epoch"]
+        total = section["iterations"] if "iterations" in section else section["epochs"] * content["steps_per_epoch"]
         if content["step"] < total:
             say(f"note: '{path}' is unfinished, at step {content['step']} of {total}")
 

@@ -7,6 +7,12 @@
     torchrun finetune.py configs/demo.yaml finetune.mode=report              # a table of all of the above
     torchrun finetune.py configs/base.yaml finetune.eval_only=true finetune.weights=PATH_OR_URL
 
+And to use what was trained, on photos of your own:
+
+    torchrun finetune.py configs/demo.yaml finetune.mode=predict finetune.images=PHOTO_OR_FOLDER    # five best classes
+    torchrun finetune.py configs/demo.yaml finetune.mode=features finetune.images=PHOTO_OR_FOLDER   # as a tensor file
+    torchrun finetune.py configs/demo.yaml finetune.mode=export     # weights for the published code, and for timm
+
 Writes OUTPUT_DIR/MODE/, or OUTPUT_DIR/MODE_scratch/ for `weights: none`: metrics.jsonl, and last.pt and best.pt where
 something is trained.
 """
@@ -25,7 +31,7 @@ from torchvision.transforms import v2
 import data
 import engine
 from beitv2 import (Classifier, ModelConfig, ModelError, VisionTransformer, check_dimensions, load_pretrained,
-                    read_checkpoint)
+                    model_state, read_checkpoint, timm_state)
 from engine import Amount, Count, Share
 
 
@@ -33,9 +39,13 @@ from engine import Amount, Count, Share
 class FinetuneConfig(engine.TrainConfig):
     """The `finetune` section; the defaults are the paper's for base, pre-trained for 300 epochs."""
 
-    mode: Literal["finetune", "linear_probe", "knn", "report"] = "finetune"
-    weights: str = ""  # path or URL; empty: OUTPUT_DIR/pretrain/last.pt; none: an untrained backbone
-    eval_only: bool = False  # only validate `weights`, or OUTPUT_DIR/finetune/best.pt if that is empty
+    mode: Literal["finetune", "linear_probe", "knn", "report", "predict", "features", "export"] = "finetune"
+    # Path or URL. Empty: OUTPUT_DIR/pretrain/last.pt, or finetune/best.pt for eval_only, predict, features and export.
+    weights: str = ""  # none: an untrained backbone, or for these modes the run that started from one
+    eval_only: bool = False  # only validate, on images whose classes may be some of those that the model knows
+    classes_file: str = ""  # names of the model's classes, one a line, where its checkpoint does not hold them
+    images: str = ""  # predict and features: an image, a folder, or a pattern such as *.jpg
+    blocks: list[Count] = field(default_factory=list)  # features: blocks, from 1, whose hidden states to save too
     epochs: Count = 100
     batch_size: Count = 1024
     lr: Amount = 5e-4
@@ -64,8 +74,9 @@ SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "finetune": FinetuneC
 def main() -> None:
     config = engine.load_config(SECTIONS)
     if config.finetune.eval_only and config.finetune.mode != "finetune":
-        raise engine.UserError(f"finetune.eval_only is for finetune.mode=finetune: leave one of the two out")
-    modes = {"finetune": finetune, "linear_probe": linear_probe, "knn": knn, "report": report}
+        raise engine.UserError("finetune.eval_only is for finetune.mode=finetune: leave one of the two out")
+    modes = {"finetune": evaluate_only if config.finetune.eval_only else finetune, "linear_probe": linear_probe,
+             "knn": knn, "report": report, "predict": predict, "features": features, "export": export}
     modes[config.finetune.mode](config)
 
 
@@ -82,14 +93,7 @@ def finetune(config) -> None:
 
     backbone = config.model.backbone(size) | dict(rel_pos_bias="per_block" if config.model.rel_pos_bias else None)
     model = Classifier(num_classes, cfg.mean_pool, cfg.init_scale, drop_path=cfg.drop_path, **backbone)
-    if cfg.eval_only:
-        model.may_be_fresh = ()  # a classifier with an untrained head has nothing to evaluate
-        weights = str(run.folder / "best.pt") if cfg.weights in ("", "none") else cfg.weights
-        engine.say(load_pretrained(model, engine.fetch(weights, "finetune.weights")))
-        figures = evaluate(run, model.to(run.device), val_loader)
-        engine.say(", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
-        return
-    load_weights(config, model)
+    load_weights(config, model, train_set.classes)
     model.to(run.device)
     parallel = run.prepare(model)
     optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay, cfg.layer_decay), cfg)
@@ -97,6 +101,7 @@ def finetune(config) -> None:
 
     view = data.TrainView(train_set, config.seed, size, cfg.crop_scale, rand_augment=cfg.rand_augment, erase=cfg.erase)
     loader = data.TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
+    run.notes = {"classes": train_set.classes}
     run.begin(loader, read_checkpoint, model=model, optimizer=optimizer, **({"average": average} if average else {}))
     lr = engine.cosine_schedule(cfg.lr, cfg.min_lr, cfg.epochs, run.steps_per_epoch, cfg.warmup_epochs)
     mix = batch_mixer(cfg, num_classes)
@@ -124,7 +129,7 @@ def finetune(config) -> None:
         figures = evaluate(run, evaluated, val_loader)
         if figures["top1"] > run.best:
             run.best = figures["top1"]
-            run.save_model("best.pt", evaluated, classes=train_set.classes, val=figures)
+            run.save_model("best.pt", evaluated, val=figures)
         run.end_epoch(epoch, train={}, val=figures)
     run.finish()
 
@@ -137,14 +142,18 @@ def batch_mixer(cfg: FinetuneConfig, num_classes: int):
 
 
 @torch.no_grad()
-def evaluate(run: engine.Run, model: nn.Module, loader) -> dict[str, float]:
-    """Loss, and top-1 and top-5 accuracy in [0,1], over the validation images; each counts once, however many ranks."""
+def evaluate(run: engine.Run, model: nn.Module, loader, columns: Tensor | None = None) -> dict[str, float]:
+    """Loss, and top-1 and top-5 accuracy in [0,1], over the validation images; each counts once, however many ranks.
+
+    columns   which logits belong to the labels 0, 1, 2, ... of the images; None: all, in order
+    """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=run.device)  # loss, hits at 1, hits at 5, images
     for batch in loader:
         images, labels = (batch[key].to(run.device, non_blocking=True) for key in ("image", "label"))
         with run.autocast():
             logits = model(data.normalize(data.to_unit(images)))
+        logits = logits if columns is None else logits[:, columns]
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [B, 5]
         sums += torch.stack([loss.double(), hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=run.device)])
@@ -258,6 +267,144 @@ def linear_probe(config) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# Using what was trained
+
+
+def read_trained(config) -> tuple[dict, dict[str, Tensor], Path]:
+    """The checkpoint that `finetune.weights` names, or this experiment's best one: its content, tensors and path."""
+    given = config.finetune.weights
+    stage = "finetune_scratch" if given == "none" else "finetune"
+    path = engine.stage_checkpoint(config, stage, "" if given == "none" else given, "finetune.weights", "best.pt")
+    content = read_checkpoint(path)
+    check_dimensions(content, path, "model", config.model)
+    return content, model_state(content, str(path)), path
+
+
+def open_trained(config) -> tuple[VisionTransformer, list[str] | None]:
+    """That checkpoint as a classifier if it has a head, else as a backbone; and the names of its classes, if known."""
+    content, state, path = read_trained(config)
+    options = dict(rel_pos_bias="per_block" if config.model.rel_pos_bias else None,
+                   **config.model.backbone(config.data.image_size))
+    if "head.weight" in state:
+        model = Classifier(len(state["head.weight"]), mean_pool="fc_norm.weight" in state, **options)
+        model.may_be_fresh = ()
+    else:
+        model = VisionTransformer(**options)
+    engine.say(load_pretrained(model, state, source=str(path)))
+    classes = content.get("classes")
+    if file := config.finetune.classes_file:
+        if not Path(file).is_file():
+            raise engine.UserError(f"finetune.classes_file names '{file}', and there is no such file")
+        classes = [name.strip() for name in Path(file).read_text(errors="replace").splitlines() if name.strip()]
+    if classes is not None and isinstance(model, Classifier) and len(classes) != model.head.out_features:
+        raise engine.UserError(f"'{file}' names {len(classes)} classes, and the model has {model.head.out_features}: "
+                               f"give it one name a line, in the order of the model's outputs")
+    return model.requires_grad_(False).eval(), classes
+
+
+def open_classifier(config) -> tuple[Classifier, list[str] | None]:
+    model, classes = open_trained(config)
+    if not isinstance(model, Classifier):
+        raise engine.UserError("these weights have no classification head: fine-tune them first, or set "
+                               "finetune.weights to a fine-tuned checkpoint")
+    return model, classes
+
+
+def evaluate_only(config) -> None:
+    """Validate a classifier on images of all its classes or some of them, such as ImageNet-A, -R and -Sketch have."""
+    run = engine.Run(stage_folder(config.finetune), config, config.finetune)
+    val_set = data.open_val_folder(config.data)
+    model, classes = open_classifier(config)
+    columns = class_columns(val_set.classes, classes, model.head.out_features).to(run.device)
+    figures = evaluate(run, model.to(run.device), open_val_loader(run, val_set), columns)
+    engine.say(f"{len(val_set)} images of {len(columns)} of the model's {model.head.out_features} classes: "
+               + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+
+
+def class_columns(wanted: list[str], known: list[str] | None, outputs: int) -> Tensor:
+    """Where each wanted class stands among the model's outputs, int64 [wanted]. UserError if it is not there."""
+    if known is None:
+        if len(wanted) != outputs:
+            raise engine.UserError(f"the images have {len(wanted)} classes and the model {outputs}, whose names the "
+                                   f"checkpoint does not hold: set finetune.classes_file=PATH to a list of them, one a "
+                                   f"line (for ImageNet-1k, its 1000 folder names in alphabetical order)")
+        return torch.arange(outputs)
+    if unknown := sorted(set(wanted) - set(known)):
+        raise engine.UserError(f"the model does not know the class '{unknown[0]}'"
+                               f"{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}: class folders must be "
+                               f"named as its classes are, such as '{known[0]}'")
+    return torch.tensor([known.index(name) for name in wanted])
+
+
+@torch.no_grad()
+def predict(config) -> None:
+    """Name the five likeliest classes of each image, with probabilities; also in predict/predictions.txt."""
+    run = engine.Run("predict", config, config.finetune)
+    images = data.open_files(config.finetune.images)
+    model, classes = open_classifier(config)
+    model.to(run.device)
+    parts = []
+    for batch in open_val_loader(run, images):
+        with run.autocast():
+            logits = model(data.normalize(data.to_unit(batch["image"].to(run.device))))
+        parts.append(logits.float().softmax(dim=1))
+    shares, best = engine.gather_in_order(torch.cat(parts), len(images)).topk(min(5, model.head.out_features), dim=1)
+    lines = []
+    for i, (row, ids) in enumerate(zip(shares.tolist(), best.tolist())):
+        names = [classes[k] if classes else f"class {k}" for k in ids]
+        lines.append(f"{images.name(i)}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in zip(names, row)))
+    engine.say("\n".join(lines))
+    if engine.rank() == 0:
+        (run.folder / "predictions.txt").write_text("\n".join(lines) + "\n")
+
+
+@torch.no_grad()
+def features(config) -> None:
+    """Write OUTPUT_DIR/features/features.pt, a dictionary of
+
+    files     names of the images
+    cls, mean float32 [images, D]: [CLS], and the mean of the patches, after the final norm (a fine-tuned model's mean
+              is what its head sees)
+    block_i   float32 [images, T, D], the hidden state after block i, for each i in `finetune.blocks`
+    """
+    run = engine.Run("features", config, config.finetune)
+    images = data.open_files(config.finetune.images)
+    model, _ = open_trained(config)
+    model.to(run.device)
+    blocks = tuple(config.finetune.blocks)
+    if blocks and max(blocks) > model.depth:
+        raise engine.UserError(f"finetune.blocks names block {max(blocks)}, and the model has {model.depth}")
+    parts = {name: [] for name in ("cls", "mean", *(f"block_{i}" for i in blocks))}
+    for batch in open_val_loader(run, images):
+        x = data.normalize(data.to_unit(batch["image"].to(run.device)))
+        with run.autocast():
+            hidden, kept = model.forward_blocks(model.embed(x), model.shared_position_bias(), keep=blocks)
+            tokens = model.norm(hidden)  # the identity if the model norms after pooling
+            pooled = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(dim=1)}
+            if getattr(model, "fc_norm", None) is not None:
+                pooled = {name: model.fc_norm(value) for name, value in pooled.items()}
+        for name, value in (pooled | {f"block_{i}": kept[i] for i in blocks}).items():
+            # On the device only if the ranks' parts must still be gathered: hidden states are many.
+            parts[name].append(value.float() if engine.world_size() > 1 else value.float().cpu())
+    saved = {name: engine.gather_in_order(torch.cat(part), len(images)).cpu() for name, part in parts.items()}
+    if engine.rank() == 0:
+        names = [images.name(i) for i in range(len(images))]
+        engine.save_atomically({"files": names} | saved, run.folder / "features.pt")
+    engine.say(f"features of {len(images)} images: {run.folder / 'features.pt'}")
+
+
+def export(config) -> None:
+    """Write the trained weights alone: export/published.pth under the published names, export/timm.pth under timm's."""
+    run = engine.Run("export", config, config.finetune)
+    folder = run.folder
+    _, state, path = read_trained(config)
+    if engine.rank() == 0:
+        engine.save_atomically({"model": state}, folder / "published.pth")
+        engine.save_atomically(timm_state(state), folder / "timm.pth")
+    engine.say(f"{len(state)} tensors of '{path}': {folder / 'published.pth'}, and for timm {folder / 'timm.pth'}")
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # What all of them share
 
 
@@ -265,15 +412,26 @@ def stage_folder(cfg: FinetuneConfig) -> str:
     return cfg.mode + ("_scratch" if cfg.weights == "none" else "")
 
 
-def load_weights(config, model: nn.Module) -> None:
-    """Fill the model from `finetune.weights`, or from this experiment's own stage 2; `none` leaves it as it is."""
+def load_weights(config, model: nn.Module, classes: list[str] | None = None) -> None:
+    """Fill the model from `finetune.weights`, or from this experiment's own stage 2; `none` leaves it as it is.
+
+    The head of a model that was fine-tuned for other `classes` stays fresh, even if there are as many of them.
+    """
     if config.finetune.weights == "none":
         return
     path = engine.stage_checkpoint(config, "pretrain", config.finetune.weights, "finetune.weights")
     content = read_checkpoint(path)
     check_dimensions(content, path, "model", config.model)
     engine.say_if_unfinished(content, path)
-    engine.say(load_pretrained(model, content, source=str(path)))
+    state = model_state(content, str(path))
+    if classes is None and "fc_norm.weight" in state:
+        # A fine-tuned model norms after pooling. As a backbone it has to norm before, as all others do.
+        state = {name.replace("fc_norm.", "norm."): value for name, value in state.items()}
+    others = classes is not None and content.get("classes", classes) != classes
+    head = [name for name in state if name.startswith("head.") and others]
+    report = load_pretrained(model, {name: state[name] for name in state if name not in head}, source=str(path))
+    report.dropped += head
+    engine.say(report)
 
 
 def open_val_loader(run: engine.Run, dataset, strict=True) -> data.ValLoader:

@@ -3,6 +3,7 @@
     torchrun tokenizer.py configs/demo.yaml                                  # one process, CPU or GPU
     torchrun --nproc-per-node 8 tokenizer.py configs/base.yaml               # eight GPUs of one machine
     torchrun tokenizer.py configs/imagenette.yaml tokenizer.codebook_size=512
+    torchrun tokenizer.py configs/demo.yaml tokenizer.mode=encode tokenizer.images=PHOTO_OR_FOLDER   # print their codes
 
     image -> encoder -> z, one vector per patch -> the nearest code of the codebook -> decoder -> teacher's features
 
@@ -33,6 +34,10 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 class TokenizerConfig(engine.TrainConfig):
     """The `tokenizer` section. The image is cut into the same patches as the student's: `model.patch_size`."""
 
+    mode: Literal["train", "encode"] = "train"  # encode: write the codes of images instead
+    weights: str = ""  # encode only: a trained tokenizer, path or URL; empty: OUTPUT_DIR/tokenizer/last.pt
+    images: str = ""  # encode only: an image, a folder, or a pattern such as *.jpg
+    output: str = ""  # encode only: file for names and codes; empty: they are printed
     epochs: Count = 100
     batch_size: Count = 512
     lr: Amount = 2e-4  # the paper's 5e-5 per 128 images
@@ -453,8 +458,11 @@ def load_tokenizer(config, weights: str, key: str) -> VQKD:
     content = read_checkpoint(path)
     check_dimensions(content, path, "tokenizer", config.tokenizer)
     engine.say_if_unfinished(content, path)
-    output = model_state(content, str(path)).get("decode_task_layer.2.bias", torch.zeros(1))
-    model = build_vqkd(config, teacher_dim=len(output))  # whose features it learned is no matter any more
+    # Whose features it learned, and with how deep a decoder, does not matter any more: the file knows.
+    state = model_state(content, str(path))
+    teacher_dim = len(state.get("decode_task_layer.2.bias", [0]))
+    config.tokenizer.decoder_depth = len({name.split(".")[2] for name in state if name.startswith("decoder.blocks.")})
+    model = build_vqkd(config, teacher_dim)
     engine.say(load_pretrained(model, content, source=str(path)))
     return model.requires_grad_(False).eval()
 
@@ -465,6 +473,13 @@ def load_tokenizer(config, weights: str, key: str) -> VQKD:
 
 def main() -> None:
     config = engine.load_config(SECTIONS)
+    if config.tokenizer.mode == "encode":
+        encode(config)
+    else:
+        train(config)
+
+
+def train(config) -> None:
     cfg = config.tokenizer
     run = engine.Run("tokenizer", config, cfg)
 
@@ -558,6 +573,36 @@ def check_collapse(train_perplexity: float, epoch: int, cfg: TokenizerConfig) ->
                         f"use after epoch {epoch + 1}: start anew in another output_dir, with "
                         f"tokenizer.revive_below=0.1, tokenizer.ema_decay=0.95, a lower tokenizer.lr or a longer "
                         f"tokenizer.warmup_epochs")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Act 5. Using it
+
+
+@torch.no_grad()
+def encode(config) -> None:
+    """Print the code grid of each image, or write {"files": names, "codes": int64 [images, grid, grid]} to a file."""
+    cfg = config.tokenizer
+    device = engine.setup_distributed(config.device)
+    images = data.open_files(cfg.images)
+    loader = data.ValLoader(data.ValView(images, config.data.image_size), cfg.device_batch_size or 64,
+                            workers=min(config.data.workers, len(images)))
+    model = load_tokenizer(config, cfg.weights, "tokenizer.weights").to(device)
+    ids = []
+    for batch in loader:
+        with engine.Precision(config.precision, device).autocast():
+            ids.append(model.token_ids(data.to_unit(batch["image"].to(device))))
+    codes = engine.gather_in_order(torch.cat(ids), len(images)).view(-1, model.grid, model.grid).cpu()
+    names = [images.name(i) for i in range(len(images))]
+    if cfg.output:
+        if engine.rank() == 0:
+            Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
+            engine.save_atomically({"files": names, "codes": codes}, Path(cfg.output))
+        engine.say(f"codes of {len(names)} images: {cfg.output}")
+    else:
+        width = len(str(cfg.codebook_size - 1))
+        for name, grid in zip(names, codes.tolist()):
+            engine.say("\n".join([name, *(" ".join(f"{code:>{width}}" for code in row) for row in grid)]))
 
 
 if __name__ == "__main__":

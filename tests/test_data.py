@@ -299,6 +299,22 @@ def test_an_unreadable_training_image_is_named_and_replaced(tmp_path, capsys, wo
     assert capsys.readouterr().err.count(str(broken)) == 1
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_rounds_run_over_the_ends_of_epochs(accumulation):
+    """Rounds of 4 steps over epochs of 3: the same images in each step, wherever one starts and in how many parts."""
+    loader = data.TrainLoader(data.TrainView(shapes(count=27), 0, 16), 8 // accumulation, seed=0)
+    rounds = data.Rounds(loader, 4, accumulation)
+
+    def steps(number, start=0):
+        batches = [batch["index"] for batch in rounds.epoch(number, start)]
+        return torch.cat(batches).view(-1, 8).tolist()
+
+    whole = data.TrainLoader(data.TrainView(shapes(count=27), 0, 16), 8, seed=0)
+    expected = [batch["index"].tolist() for epoch in range(4) for batch in whole.epoch(epoch)]
+    assert [step for number in range(3) for step in steps(number)] == expected[:12]
+    assert steps(1, start=2 * accumulation) == expected[6:8]
+
+
 def test_each_rank_may_meet_its_share_of_unreadable_images():
     """Of 800 images, 1 % is 8: for each of four ranks, which sees 200 of them in an epoch, it is 2."""
     loader = data.TrainLoader(data.TrainView(shapes(count=800), 0, 16), 4, seed=0, rank=3, world_size=4)

@@ -20,9 +20,12 @@ import yaml
 
 CODE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CODE))
+import beitv2  # noqa: E402
+import data  # noqa: E402
 import engine  # noqa: E402
 import finetune  # noqa: E402
 import pretrain  # noqa: E402
+import segment  # noqa: E402
 import tokenizer  # noqa: E402
 from beitv2 import ModelError  # noqa: E402
 from engine import UserError  # noqa: E402
@@ -37,6 +40,8 @@ tokenizer: {teacher: hog, embed_dim: 32, depth: 1, num_heads: 2, decoder_depth: 
   ema_decay: 0.9, epochs: 2, batch_size: 8, lr: 1e-3, warmup_epochs: 1, crop_scale: [0.5, 1.0], log_every: 2, save_every: 4}
 pretrain: {num_masked: 6, min_block: 2, early_layers: 1, head_layers: 1, epochs: 2, batch_size: 8, lr: 1e-3,
   warmup_epochs: 1, knn_every: 1, log_every: 2, save_every: 4}
+segment: {crop_size: 16, stride: 8, short_side: 16, long_side: 16, feature_layers: [0, 0, 1, 1], iterations: 8,
+  eval_every: 4, warmup_iterations: 2, batch_size: 4, lr: 1e-3, log_every: 2, save_every: 2, overlays: 2}
 finetune: {epochs: 2, batch_size: 8, lr: 1e-3, warmup_epochs: 1, probe_epochs: 2, probe_lrs: [0.1, 1.0], log_every: 2,
   save_every: 4}
 """
@@ -66,12 +71,12 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, one_thread):
-    """A folder with the tiny config, and in `base` stages 1 and 2 trained by it, for others to start from."""
+    """A folder with the tiny config, and in `base` all stages trained by it, for others to start from."""
     folder = tmp_path_factory.mktemp("scripts")
     (folder / "tiny.yaml").write_text(TINY)
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    start("tokenizer", folder, "base")
-    start("pretrain", folder, "base")
+    for script in (*SCRIPTS, "segment"):
+        start(script, folder, "base")
     for number, handler in signals.items():
         signal.signal(number, handler)
     return folder
@@ -79,7 +84,8 @@ def home(tmp_path_factory, one_thread):
 
 def arguments(home: Path, output: str, *changes: str) -> list[str]:
     """Arguments for a run that writes to `output` and takes the stages before from `base`."""
-    given = [f"pretrain.tokenizer_weights={home}/base/tokenizer/last.pt", f"finetune.weights={home}/base/pretrain/last.pt"]
+    given = [f"pretrain.tokenizer_weights={home}/base/tokenizer/last.pt", f"finetune.weights={home}/base/pretrain/last.pt",
+             f"segment.weights={home}/base/pretrain/last.pt"]
     return [str(home / "tiny.yaml"), f"output_dir={home / output}", *(given if output != "base" else []), *changes]
 
 
@@ -164,6 +170,13 @@ import importlib, json, os, sys
 code, plan, report = sys.argv[1:]
 sys.path.insert(0, code)
 import engine, beitv2
+import torch, segment
+evaluate_segments = segment.evaluate
+def evaluate(*given):
+    confusion = evaluate_segments(*given)
+    torch.save(confusion, f"{report}.confusion.{engine.rank()}")
+    return confusion
+segment.evaluate = evaluate
 outcomes = {}
 for name, script, interrupt_at, arguments in json.loads(plan):
     sys.argv = [script + ".py", *arguments]
@@ -187,10 +200,13 @@ for name, script, interrupt_at, arguments in json.loads(plan):
 
 
 ACCUMULATED = [stage for stage in COMPARED if stage != "knn"]
+# BatchNorm sees what a rank holds, so that with two ranks on CPU segmentation takes other steps. What it has learned
+# must be measured alike.
+SEGMENTED = ["segment.eval_only=true", "data.val_images=5", "segment.weights=some-backbone.pt"]
 
 
 def script_of(stage: str) -> str:
-    return stage if stage in SCRIPTS else "finetune"
+    return stage if stage in (*SCRIPTS, "segment") else "finetune"
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +217,8 @@ def two_ranks(home):
     plan += [(f"{stage}_parts", script_of(stage), 0,
               arguments(home, "two_parts", *COMPARED[stage], f"{script_of(stage)}.device_batch_size=2"))
              for stage in ACCUMULATED]
+    plan += [("segment", "segment", 0, arguments(home, "two")),
+             ("segment_eval", "segment", 0, arguments(home, "base", *SEGMENTED))]
     again = arguments(home, "two_stopped", *COMPARED["pretrain"])
     plan += [("stopped", "pretrain", 3, again), ("continued", "pretrain", 0, again)]
     few = ["data.train_images=1", "pretrain.batch_size=2"]
@@ -279,10 +297,50 @@ def test_batch_that_processes_cannot_share(two_ranks):
     assert two_ranks.get("odd_batch", "").startswith("UserError") and "pretrain.batch_size" in two_ranks["odd_batch"]
 
 
+def test_segmentation_is_measured_alike_by_one_process_and_two(home, two_ranks, capsys):
+    """Training under two processes runs to its end, and one checkpoint has one mIoU, of 5 images that two must share."""
+    assert two_ranks.get("segment") == two_ranks.get("segment_eval") == "done"
+    lines = metrics(home / "two/segment")
+    assert [line["step"] for line in lines if "train" not in line] == [2, 4, 6, 8] and lines[-1]["val"]["miou"] > 0
+    confusions = []
+    original = segment.evaluate
+    segment.evaluate = lambda *given: confusions.append(original(*given)) or confusions[0]
+    try:
+        start("segment", home, "base", *SEGMENTED)
+    finally:
+        segment.evaluate = original
+    assert confusions[0].sum() == 5 * 16 * 16
+    for rank in (0, 1):
+        assert torch.equal(torch.load(home / f"outcomes.confusion.{rank}"), confusions[0])
+    assert "mIoU" in capsys.readouterr().out
+
+
+def test_mistakes_in_segmentation(home):
+    """What would be a traceback, a table of nan, or a measurement of something else."""
+    assert "at least two images" in refusal("segment", home, "wrong_segment", "segment.device_batch_size=1")
+    assert "gaps between the windows" in refusal("segment", home, "wrong_segment", "segment.stride=17")
+    assert "a multiple of the second" in refusal("segment", home, "wrong_segment", "segment.iterations=9")
+    changed = "segment.eval_only=true", "segment.feature_layers=[0,1,1,1]"
+    assert "trained with segment.feature_layers=[0, 0, 1, 1]" in refusal("segment", home, "base", *changed)
+    assert "torchrun segment.py" in refusal("segment", home, "empty", "segment.eval_only=true")
+    text = refusal("segment", home, "empty", "segment.eval_only=true", "segment.weights=none")
+    assert "torchrun segment.py" in text and "segment.weights=none" in text
+    assert "num_heads=4 here" in refusal("segment", home, "base", "segment.eval_only=true", "model.num_heads=4")
+
+
+def test_segmentation_goes_on_from_another(home, capsys):
+    """A second data set of the same classes may begin with all of a segmenter, of other classes with its pyramid."""
+    weights = f"segment.weights={home}/base/segment/last.pt"
+    start("segment", home, "second_segment", weights, "segment.iterations=4")
+    assert "fresh" not in capsys.readouterr().out
+
+
 # --- interrupted runs -------------------------------------------------------------------------------------------
 
 # All there is of randomness, and everything a checkpoint must hold.
 INTERRUPTED = {
+    "segment": ["segment.drop_path=0.3", "segment.iterations=16", "segment.eval_every=8",
+                "segment.save_every=4", "segment.batch_size=8", "data.train_images=40"],  # 5 steps an epoch, 8 a round
     "tokenizer": ["tokenizer.revive_below=1.0"],
     "pretrain": ["pretrain.drop_path=0.3"],
     "finetune": ["finetune.drop_path=0.3", "finetune.mixup=0.8", "finetune.cutmix=1.0", "finetune.rand_augment=true",
@@ -737,7 +795,9 @@ def test_every_config_suits_every_script(script, config):
     """And begins with what it is for. No section says what no script reads."""
     engine.load_config(importlib.import_module(script).SECTIONS, [str(config)])
     assert config.read_text().startswith("# ")
-    assert yaml.safe_load(config.read_text()).keys() >= {"output_dir", "data", "model", "pretrain", "finetune"}
+    sections = yaml.safe_load(config.read_text()).keys()
+    assert sections >= {"output_dir", "data", "model"}
+    assert "segment" in sections or sections >= {"tokenizer", "pretrain", "finetune"}
 
 
 def test_eval_only_repeats_the_figures_of_the_best_checkpoint(home, uninterrupted, capsys):
@@ -750,10 +810,10 @@ def test_eval_only_repeats_the_figures_of_the_best_checkpoint(home, uninterrupte
         capsys.readouterr()
         start("finetune", home, "whole", "finetune.eval_only=true", f"finetune.weights='{weights}'")
         shown = ", ".join(f"{name} {value:.4f}" for name, value in best["val"].items())
-        assert capsys.readouterr().out.splitlines()[-1] == shown
+        assert capsys.readouterr().out.splitlines()[-1] == f"7 images of 10 of the model's 10 classes: {shown}"
     assert sorted(os.listdir(home / "whole/finetune")) == before
     text = refusal("finetune", home, "whole", "finetune.eval_only=true")  # a pre-trained model has no head
-    assert "head." in text
+    assert "no classification head" in text
 
 
 def test_from_scratch_has_a_folder_of_its_own(home, capsys):
@@ -784,3 +844,216 @@ def test_no_loss_that_is_not_finite_goes_on(home):
     text = refusal("finetune", home, "diverged", "finetune.lr=1e30", "finetune.weights=none", "finetune.warmup_epochs=0")
     assert "not finite at step 2" in text and "losses before: 2.30" in text
     assert "learning rate" in text or "finetune.lr" in text and "finetune_scratch.lr" not in text
+
+
+# --- using what was trained ---------------------------------------------------------------------------------------
+
+
+def photos(home: Path) -> Path:
+    """A folder of pictures of all kinds, one of them in a sub-folder."""
+    from PIL import Image
+    folder = home / "photos"
+    (folder / "more").mkdir(parents=True, exist_ok=True)
+    set_ = data.Shapes("val", 6, 20)
+    for i, name in enumerate(("a.png", "b.jpg", "c.webp", "d.png", "more/e.png")):
+        set_.load(i).convert("L" if name == "d.png" else "RGB").save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    Image.new("CMYK", (30, 20)).save(folder / "f.jpg")
+    return folder
+
+
+def trained(home: Path) -> tuple[finetune.Classifier, torch.Tensor]:
+    """The fine-tuned model of `base`, and the photos as it sees them, [6, 3, 16, 16]."""
+    content = torch.load(home / "base/finetune/best.pt", weights_only=True)
+    model = finetune.Classifier(10, image_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, layer_scale=0.1,
+                                rel_pos_bias="per_block")
+    model.load_state_dict(content["model"])
+    images = data.open_files(str(photos(home)))
+    view = data.ValView(images, 16)
+    return model.eval(), torch.stack([data.normalize(view[i]["image"] / 255) for i in range(len(images))])
+
+
+@torch.no_grad()
+def test_predict_names_the_five_best_classes(home, capsys):
+    model, images = trained(home)
+    start("finetune", home, "base", "finetune.mode=predict", f"finetune.images={photos(home)}")
+    shares, best = model(images).softmax(dim=1).topk(5)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "photos" in line]
+    assert [line.partition(": ")[0].rpartition("photos/")[2] for line in lines] == \
+        ["a.png", "b.jpg", "c.webp", "d.png", "f.jpg", "more/e.png"]
+    for line, row, ids in zip(lines, shares.tolist(), best.tolist()):
+        assert line.partition(": ")[2] == ", ".join(f"{list(data.SHAPES)[k]} {100 * p:.1f} %" for k, p in zip(ids, row))
+    assert (home / "base/predict/predictions.txt").read_text().splitlines() == lines
+    start("finetune", home, "base", "finetune.mode=predict", f"finetune.images={photos(home)}/*.jpg")
+    assert capsys.readouterr().out.count("photos/") == 2
+
+
+@torch.no_grad()
+def test_features_are_what_the_head_sees_and_the_hidden_states(home):
+    model, images = trained(home)
+    start("finetune", home, "base", "finetune.mode=features", f"finetune.images={photos(home)}", "finetune.blocks=[1,2]")
+    saved = torch.load(home / "base/features/features.pt", weights_only=True)
+    assert saved.keys() == {"files", "cls", "mean", "block_1", "block_2"} and len(saved["files"]) == 6
+    assert torch.allclose(model.head(saved["mean"]), model(images), atol=1e-5)
+    assert saved["block_1"].shape == (6, 17, 32)
+    assert torch.allclose(model.fc_norm(saved["block_2"][:, 1:].mean(dim=1)), saved["mean"], atol=1e-5)
+    weights = f"finetune.weights={home}/base/pretrain/last.pt"
+    start("finetune", home, "pretrained", "finetune.mode=features", f"finetune.images={photos(home)}", weights)
+    other = torch.load(home / "pretrained/features/features.pt", weights_only=True)
+    assert other["cls"].shape == (6, 32) and not torch.allclose(other["mean"], saved["mean"], atol=1e-2)
+    assert "block 3, and the model has 2" in refusal("finetune", home, "base", "finetune.mode=features",
+                                                     f"finetune.images={photos(home)}", "finetune.blocks=[3]")
+
+
+def test_encode_prints_and_saves_code_grids(home, capsys):
+    given = "tokenizer.mode=encode", f"tokenizer.images={photos(home)}"
+    start("tokenizer", home, "base", *given)
+    printed = capsys.readouterr().out
+    start("tokenizer", home, "base", *given, f"tokenizer.output={home}/codes.pt")
+    saved = torch.load(home / "codes.pt", weights_only=True)
+    assert saved["codes"].shape == (6, 4, 4) and saved["codes"].dtype == torch.int64
+    assert saved["files"][5] == f"{home}/photos/more/e.png"
+    for name, grid in zip(saved["files"], saved["codes"].tolist()):
+        rows = printed.partition(f"{name}\n")[2].splitlines()[:4]
+        assert [[int(code) for code in row.split()] for row in rows] == grid
+    model = tokenizer.build_vqkd(load_tiny(home), 108).eval()
+    model.load_state_dict(torch.load(home / "base/tokenizer/last.pt", weights_only=True)["model"])
+    view = data.ValView(data.open_files(f"{home}/photos"), 16)
+    assert torch.equal(model.token_ids(torch.stack([view[i]["image"] / 255 for i in range(6)])).view(6, 4, 4), saved["codes"])
+
+
+def load_tiny(home: Path):
+    return engine.load_config(pretrain.SECTIONS, [str(home / "tiny.yaml")])
+
+
+@pytest.mark.parametrize("decoder_depth, width", [(1, 48), (3, 20)])
+def test_published_tokenizers_with_other_decoders_and_teachers_encode(home, decoder_depth, width):
+    """The one-layer decoder, and DINO's 768 features instead of CLIP's 512, in small: the file says which it is."""
+    config = load_tiny(home)
+    config.tokenizer.decoder_depth = decoder_depth
+    model = tokenizer.build_vqkd(config, width)
+    state = {name: value for name, value in model.state_dict().items() if name != "quantize.running_count"}
+    state |= {"quantize.cluster_size": torch.zeros(16), "quantize.embedding.initted": torch.ones(1),
+              "quantize.embedding.cluster_size": torch.zeros(16), "quantize.embedding.embed_avg": torch.zeros(16, 8),
+              "teacher_model.proj": torch.zeros(3), "scaling_layer.shift": torch.zeros(3)}
+    torch.save({"model": state, "epoch": 99}, home / "vqkd.pth")
+    start("tokenizer", home, "published", "tokenizer.mode=encode", f"tokenizer.images={photos(home)}/a.png",
+          f"tokenizer.weights={home}/vqkd.pth", f"tokenizer.output={home}/published.pt")
+    image = data.ValView(data.open_files(f"{home}/photos/a.png"), 16)[0]["image"][None] / 255
+    codes = torch.load(home / "published.pt", weights_only=True)["codes"]
+    assert torch.equal(codes.flatten(1), model.eval().token_ids(image))
+
+
+def test_mistakes_in_images_to_use(home):
+    for script, given in (("finetune", ["finetune.mode=predict"]), ("finetune", ["finetune.mode=features"]),
+                          ("tokenizer", ["tokenizer.mode=encode"])):
+        assert "there is no image at 'nowhere'" in refusal(script, home, "base", *given, f"{script}.images=nowhere")
+        (home / "spoiled.jpg").write_bytes(b"no image")
+        assert "spoiled.jpg' cannot be read" in refusal(script, home, "base", *given, f"{script}.images={home}/spoiled.jpg")
+    weights = f"finetune.weights={home}/base/pretrain/last.pt"
+    assert "no classification head" in refusal("finetune", home, "used", "finetune.mode=predict", weights,
+                                               f"finetune.images={photos(home)}")
+    assert "torchrun finetune.py" in refusal("finetune", home, "empty", "finetune.weights=", "finetune.mode=predict",
+                                             f"finetune.images={photos(home)}")
+
+
+def test_evaluation_on_some_of_the_classes(home, capsys):
+    """Class folders without splits, of three of the ten classes: only their logits compete, found by name."""
+    root, validation = home / "subset", data.Shapes("val", 40, 16)
+    names = ["star", "heart", "ring"]
+    for i in range(40):
+        if validation.classes[validation.label(i)] in names:
+            folder = root / validation.classes[validation.label(i)]
+            folder.mkdir(parents=True, exist_ok=True)
+            validation.load(i).save(folder / f"{i}.png")
+    given = "finetune.eval_only=true", "data.dataset=imagefolder", f"data.root={root}"
+    start("finetune", home, "base", *given)
+    shown = capsys.readouterr().out
+    assert "12 images of 3 of the model's 10 classes" in shown
+    model, _ = trained(home)
+    images = data.open_folder(str(root), "")
+    view = data.ValView(images, 16)
+    columns = [list(data.SHAPES).index(name) for name in images.classes]
+    with torch.no_grad():
+        logits = torch.stack([model(data.normalize(view[i]["image"][None] / 255))[0] for i in range(12)])[:, columns]
+    assert f"top1 {(logits.argmax(dim=1) == torch.tensor(images.labels)).float().mean():.4f}" in shown
+    (root / "ring").rename(root / "unicorn")
+    assert "does not know the class 'unicorn'" in refusal("finetune", home, "base", *given)
+    # Published weights bring no names: then a file must.
+    (root / "unicorn").rename(root / "ring")
+    torch.save({"model": model.state_dict()}, home / "nameless.pth")
+    nameless = *given, f"finetune.weights={home}/nameless.pth"
+    assert "finetune.classes_file=PATH" in refusal("finetune", home, "base", *nameless)
+    (home / "names.txt").write_text("\n".join(data.SHAPES) + "\n")
+    start("finetune", home, "base", *nameless, f"finetune.classes_file={home}/names.txt")
+    assert shown.partition(": loss")[2] == capsys.readouterr().out.partition(": loss")[2]
+    (home / "names.txt").write_text("cat\ndog\n")
+    assert "names 2 classes, and the model has 10" in refusal("finetune", home, "base", *nameless,
+                                                              f"finetune.classes_file={home}/names.txt")
+
+
+def test_a_second_fine_tuning(home, capsys):
+    """From a fine-tuned model: backbone and norm are kept, the head only if the classes are the same ones. At another
+    resolution the bias tables are resized."""
+    weights = f"finetune.weights={home}/base/finetune/best.pt"
+    start("finetune", home, "second", weights, "finetune.epochs=1", "finetune.warmup_epochs=0", "data.image_size=32",
+          "model.patch_size=4")
+    shown = capsys.readouterr().out
+    assert "resized 2 " in shown and "relative_position_bias_table" in shown and "fresh" not in shown
+    for root, count in ((home / "ten_pets", 10), (home / "two_pets", 2)):
+        for i in range(count):
+            picture(root, "train", f"pet{i}", 8)
+            picture(root, "val", f"pet{i}", 1)
+        start("finetune", home, f"second_{count}", weights, "finetune.epochs=1", "finetune.warmup_epochs=0",
+              "data.dataset=imagefolder", f"data.root={root}")
+        shown = capsys.readouterr().out
+        assert "dropped 2 (head.bias, head.weight); fresh 2 (head.bias, head.weight)" in shown and "fc_norm" not in shown
+        content = torch.load(home / f"second_{count}/finetune/last.pt", weights_only=True)
+        assert content["classes"] == [f"pet{i}" for i in range(count)] and len(content["model"]["head.weight"]) == count
+
+
+def test_frozen_features_of_a_fine_tuned_model(home, capsys):
+    """k-NN and probe take fine-tuned weights too."""
+    start("finetune", home, "tuned_knn", "finetune.mode=knn", f"finetune.weights={home}/base/finetune/best.pt")
+    assert "dropped 2 (head.bias, head.weight)" in capsys.readouterr().out
+
+
+def timm_keys(kind: str) -> dict[str, list[int]]:
+    """Names and shapes of timm's beitv2_base_patch16_224, without those of the other kind."""
+    lines = (CODE / "tests/fixtures/timm_beitv2_base_patch16_224.txt").read_text().splitlines()
+    keys = {}
+    for line in lines:
+        if line and not line.startswith("#"):
+            name, kinds, *shape = line.split()
+            if kinds in (kind, "both"):
+                for block in range(12) if ".N." in name else [0]:
+                    keys[name.replace(".N.", f".{block}.")] = [int(size) for size in shape]
+    return keys
+
+
+@torch.no_grad()
+def test_exported_weights_have_the_names_and_shapes_of_timm(home):
+    """A base model, fine-tuned and pre-trained, through the export command; and what comes back is the same model."""
+    config = home / "base_size.yaml"
+    config.write_text("device: cpu\n")
+    options = dict(image_size=224, layer_scale=0.1)
+    classifier = finetune.Classifier(1000, rel_pos_bias="per_block", **options)
+    torch.save({"model": classifier.state_dict()}, home / "classifier.pth")
+    pretrained = beitv2.MaskedImageModel(rel_pos_bias="shared", **options)
+    pretrained.rel_pos_bias.relative_position_bias_table.normal_()
+    torch.save({"model": pretrained.state_dict()}, home / "pretrained.pth")
+    for kind, model in (("classifier", classifier), ("pretrained", pretrained)):
+        sys.argv = ["finetune.py", str(config), f"output_dir={home}/exported_{kind}", "finetune.mode=export",
+                    f"finetune.weights={home}/{kind}.pth"]
+        finetune.main()
+        timm = torch.load(home / f"exported_{kind}/export/timm.pth", weights_only=True)
+        assert {name: list(value.shape) for name, value in timm.items()} == timm_keys(kind)
+        published = torch.load(home / f"exported_{kind}/export/published.pth", weights_only=True)
+        assert not differences(published, {"model": model.state_dict()})
+    for i in range(12):
+        assert torch.equal(timm[f"blocks.{i}.attn.relative_position_bias_table"],
+                           pretrained.rel_pos_bias.relative_position_bias_table)
+    backbone = finetune.VisionTransformer(rel_pos_bias="per_block", **options).eval()
+    backbone.load_state_dict(timm)
+    image = torch.randn(1, 3, 224, 224)
+    assert torch.allclose(backbone(image), pretrained.eval().features(image), atol=1e-4)

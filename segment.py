@@ -1,0 +1,514 @@
+"""Semantic segmentation: a class for every pixel, with UperNet on the pre-trained backbone (paper section 3.3).
+
+    torchrun segment.py configs/camvid.yaml data.root=PATH                   # one process, CPU or GPU
+    torchrun segment.py configs/camvid.yaml data.root=PATH segment.weights=none       # from scratch, to compare
+    torchrun --nproc-per-node 8 segment.py configs/ade20k.yaml data.root=PATH         # eight GPUs of one machine
+    torchrun segment.py configs/camvid.yaml data.root=PATH segment.eval_only=true     # measure best.pt again
+
+    image -> blocks -> hidden states of four of them -> pyramid (strides 4, 8, 16, 32) -> UperNet -> class per pixel
+
+The data lie as ADE20K's do: ROOT/images/SPLIT/NAME.jpg and ROOT/annotations/SPLIT/NAME.png, whose pixels are class
+numbers. `data.dataset: shapes` draws images and masks itself.
+Writes OUTPUT_DIR/segment/, or OUTPUT_DIR/segment_scratch/ for `weights: none`: last.pt, best.pt (of the highest mIoU),
+metrics.jsonl, config.yaml, and overlays/NAME.png: image, truth and prediction side by side.
+"""
+
+import colorsys
+import functools
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+import data
+import engine
+from beitv2 import ModelConfig, ModelError, VisionTransformer, check_dimensions, load_pretrained, read_checkpoint
+from engine import Amount, Count, Natural, Share, UserError
+
+IGNORE = 255  # the label, inside this file, of pixels that count for nothing
+
+
+@dataclass
+class SegmentConfig(engine.OptimizerConfig):
+    """The `segment` section; the defaults are the paper's for base on ADE20K."""
+
+    weights: str = ""  # path or URL; empty: OUTPUT_DIR/pretrain/last.pt; none: an untrained backbone
+    eval_only: bool = False  # only validate `checkpoint`
+    checkpoint: str = ""  # path or URL; empty: OUTPUT_DIR/segment/best.pt, or segment_scratch/best.pt for weights: none
+    iterations: Count = 160_000  # optimizer steps
+    eval_every: Count = 16_000  # steps between two evaluations; a divisor of `iterations`
+    warmup_iterations: Natural = 1500  # linear warm-up, on top of the linear decay to 0
+    batch_size: Count = 16
+    lr: Amount = 5e-5
+    layer_decay: Share = 0.75  # a layer learns this much slower than the one above it
+    drop_path: Share = 0.15
+    dropout: Share = 0.1  # before each of the two output layers
+    crop_size: Count = 512  # pixels; training crops and evaluation windows are squares of this size
+    stride: Count = 341  # pixels between two evaluation windows
+    short_side: Count = 512  # images are first scaled, keeping their aspect, to fit into short_side x long_side
+    long_side: Count = 2048
+    feature_layers: tuple[Natural, Natural, Natural, Natural] = (3, 5, 7, 11)  # blocks, from 0, that feed the pyramid
+    auxiliary_weight: Amount = 0.4  # of the loss of the auxiliary head
+    train_split: str = "training"
+    val_split: str = "validation"
+    classes: list[str] = field(default_factory=list)  # names, in the order of the annotations' numbers
+    ignore_index: int = 255  # the annotations' number of unlabelled pixels
+    reduce_zero_label: bool = False  # 0 means unlabelled, and 1 is the first class (ADE20K)
+    overlays: Natural = 4  # validation images to paint after each evaluation
+
+    @property
+    def epochs(self) -> int:
+        """What the other scripts do after an epoch happens here after `eval_every` steps."""
+        return self.iterations // self.eval_every
+
+
+SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "segment": SegmentConfig}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Act 1. Images with a label for each pixel
+
+
+class AnnotatedFolder(data.Images):
+    """ROOT/images/SPLIT/NAME.* and ROOT/annotations/SPLIT/NAME.png; every image must have its annotation."""
+
+    def __init__(self, root: str, split: str, cfg: SegmentConfig):
+        images, annotations = (os.path.join(root, kind, split) for kind in ("images", "annotations"))
+        for folder in (images, annotations):
+            if not os.path.isdir(folder):
+                raise UserError(f"data.root: there is no folder '{folder}': put the images into {images} and their "
+                                f"annotations, as PNG of the same name, into {annotations}, or set data.root=PATH")
+        names = sorted(name for name in os.listdir(images) if name.lower().endswith(IMG_EXTENSIONS))
+        if not names:
+            raise UserError(f"data.root: '{images}' holds no image ({', '.join(IMG_EXTENSIONS)}): put images there")
+        annotated = set(os.listdir(annotations))
+        missing = [name for name in names if f"{Path(name).stem}.png" not in annotated]
+        if missing:
+            raise UserError(f"{len(missing)} of {len(names)} images in '{images}' have no annotation; the first is "
+                            f"'{missing[0]}': put {Path(missing[0]).stem}.png into {annotations}, or remove the image")
+        super().__init__([os.path.join(images, name) for name in names], [0] * len(names), cfg.classes, title=images)
+        self.annotations, self.cfg = annotations, cfg
+
+    def segmentation(self, index: int) -> np.ndarray:
+        """Class numbers from 0, and IGNORE. UserError, naming the file, for anything that is no annotation."""
+        path = os.path.join(self.annotations, f"{Path(self.name(index)).stem}.png")
+        try:
+            with Image.open(path) as image:
+                labels = np.asarray(image)
+        except Exception as error:
+            raise UserError(f"the annotation '{path}' cannot be read ({data.one_line(error)}): repair it, or remove it "
+                            f"and its image") from error
+        if labels.ndim != 2:
+            raise UserError(f"the annotation '{path}' is a colour picture: it must be a PNG of one channel (grey or "
+                            f"palette) that holds class numbers")
+        labels = labels.astype(np.int64)
+        ignored = labels == self.cfg.ignore_index
+        if self.cfg.reduce_zero_label:
+            ignored |= labels == 0
+            labels = labels - 1
+        wrong = labels[~ignored & (labels >= len(self.cfg.classes))]
+        if wrong.size:
+            raise UserError(f"the annotation '{path}' has the label {wrong[0] + self.cfg.reduce_zero_label}, but "
+                            f"segment.classes names {len(self.cfg.classes)} classes: complete the list, or set "
+                            f"segment.ignore_index or segment.reduce_zero_label")
+        return np.where(ignored, IGNORE, labels).astype(np.uint8)
+
+
+def open_datasets(config):
+    """Training and validation images with their masks, and the class names."""
+    cfg = config.segment
+    if config.data.dataset == "shapes":
+        cfg.classes = ["background", *data.Shapes.classes]
+        return data.open_datasets(config.data)
+    if config.data.dataset != "ade20k":
+        raise UserError(f"data.dataset: {config.data.dataset} has no masks: set data.dataset to ade20k, for folders "
+                        f"laid out as ADE20K's are, or to shapes")
+    if not 1 <= len(cfg.classes) < IGNORE:
+        raise UserError(f"segment.classes lists {len(cfg.classes)} names: list those of the annotations' classes, 254 "
+                        f"at most")
+    root = os.path.expanduser(config.data.root)
+    return AnnotatedFolder(root, cfg.train_split, cfg), AnnotatedFolder(root, cfg.val_split, cfg)
+
+
+def load_pair(dataset, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    """uint8 image [3, H, W] and labels [H, W]: two tensors that torchvision's transforms treat alike."""
+    image, labels = TF.pil_to_tensor(dataset.load(index)), torch.from_numpy(dataset.segmentation(index))
+    if image.shape[1:] != labels.shape:
+        raise UserError(f"'{dataset.name(index)}' has {image.shape[2]} x {image.shape[1]} pixels, but its annotation "
+                        f"has {labels.shape[1]} x {labels.shape[0]}: make them agree, or remove both")
+    return tv_tensors.Image(image), tv_tensors.Mask(labels)
+
+
+def scaled_size(height: int, width: int, cfg: SegmentConfig, factor: float = 1.0) -> list[int]:
+    """The size [height, width] that fits into short_side x long_side with its aspect kept, times `factor`."""
+    factor *= min(cfg.short_side / min(height, width), cfg.long_side / max(height, width))
+    return [max(1, round(height * factor)), max(1, round(width * factor))]
+
+
+class CropView(data.SampleView):
+    """view[epoch, index]: a training sample of image uint8 [3, C, C] and labels uint8 [C, C].
+
+    Image and labels together are scaled by 0.5 to 2, cropped so that no class fills more than 75 % if ten tries find
+    such a place, and flipped; the colours of the image are distorted; what is smaller than the crop is padded.
+    """
+
+    def __init__(self, dataset, seed: int, cfg: SegmentConfig):
+        super().__init__(dataset, seed)
+        self.cfg = cfg
+        # The published strengths with torchvision's operations (the published brightness is added, its contrast starts
+        # from black). torchvision's RandomPhotometricDistort would swap the colour channels too.
+        strengths = dict(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.1)
+        self.distort = v2.Compose([v2.RandomApply([v2.ColorJitter(**{kind: strength})], p=0.5)
+                                   for kind, strength in strengths.items()])
+
+    def load(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        return load_pair(self.dataset, index)
+
+    def draw(self, index: int) -> dict:
+        (image, labels), index, unreadable = self.load_or_replace(index)
+        size = scaled_size(*labels.shape, self.cfg, factor=float(torch.empty(()).uniform_(0.5, 2.0)))
+        image, labels = TF.resize(image, size), TF.resize(labels, size)  # labels: nearest
+        image, labels = self.crop(image, labels)
+        if torch.rand(()) < 0.5:
+            image, labels = TF.horizontal_flip(image), TF.horizontal_flip(labels)
+        image, labels = pad(self.distort(image), labels, self.cfg.crop_size)
+        return {"image": image.as_subclass(Tensor), "labels": labels.as_subclass(Tensor), "index": index,
+                "unreadable": unreadable}
+
+    def crop(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        size = self.cfg.crop_size
+        for _ in range(10):
+            top, left = (int(torch.randint(max(1, length - size + 1), ())) for length in labels.shape)
+            window = labels[top:top + size, left:left + size]
+            counts = torch.bincount(window[window != IGNORE].flatten())
+            if counts.sum() and counts.max() / counts.sum() <= 0.75:
+                break
+        return tv_tensors.Image(image[:, top:top + size, left:left + size]), tv_tensors.Mask(window)
+
+
+def pad(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Fill up to size x size at the right and the bottom: the image with the mean colour, the labels with IGNORE."""
+    height, width = labels.shape
+    margins = [0, 0, max(0, size - width), max(0, size - height)]
+    grey = [round(255 * mean) for mean in data.IMAGENET_MEAN]
+    return TF.pad(image, margins, fill=grey), TF.pad(labels, margins, fill=IGNORE)
+
+
+class WholeView(Dataset):
+    """view[index]: a validation image, scaled to fit, uint8 [3, h, w], and its labels as they are, uint8 [H, W]."""
+
+    def __init__(self, dataset, cfg: SegmentConfig):
+        self.dataset, self.cfg = dataset, cfg
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        image, labels = data.load_strictly(functools.partial(load_pair, self.dataset), self.dataset, index)
+        image = TF.resize(image, scaled_size(*labels.shape, self.cfg))
+        return {"image": image.as_subclass(Tensor), "labels": labels.as_subclass(Tensor), "index": index,
+                "name": self.dataset.name(index)}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Act 2. UperNet (arXiv 1807.10221)
+
+
+def conv_norm_relu(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as published
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+
+
+def resize(x: Tensor, size: torch.Size) -> Tensor:
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+class UperHead(nn.Module):
+    """Four maps [B, D, h_i, w_i], fine to coarse -> logits [B, classes, h_0, w_0].
+
+    The coarsest map is pooled to 1, 2, 3 and 6 squares a side, to know the whole scene; then each finer map receives
+    what the coarser ones know, from the top down; all four are fused at the finest resolution.
+    """
+
+    def __init__(self, dim: int, num_classes: int, dropout: float, pool_sizes: tuple[int, ...] = (1, 2, 3, 6)):
+        super().__init__()
+        self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(size), conv_norm_relu(dim, dim, 1))
+                                   for size in pool_sizes)
+        self.bottleneck = conv_norm_relu(dim * (1 + len(pool_sizes)), dim, 3)
+        self.laterals = nn.ModuleList(conv_norm_relu(dim, dim, 1) for _ in range(3))
+        self.smooths = nn.ModuleList(conv_norm_relu(dim, dim, 3) for _ in range(3))
+        self.fusion = conv_norm_relu(4 * dim, dim, 3)
+        self.classify = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(dim, num_classes, 1))
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        *finer, coarsest = maps
+        pooled = [resize(pool(coarsest), coarsest.shape[2:]) for pool in self.pools]
+        levels = [lateral(x) for lateral, x in zip(self.laterals, finer)]
+        levels.append(self.bottleneck(torch.cat([coarsest, *pooled], dim=1)))
+        for i in (2, 1, 0):  # top down
+            levels[i] = levels[i] + resize(levels[i + 1], levels[i].shape[2:])
+        levels = [*(smooth(x) for smooth, x in zip(self.smooths, levels)), levels[3]]
+        return self.classify(self.fusion(torch.cat([resize(x, levels[0].shape[2:]) for x in levels], dim=1)))
+
+
+class Segmenter(VisionTransformer):
+    """The backbone, a pyramid on four of its hidden states, UperNet, and an auxiliary head that eases training.
+
+    feature_layers   four blocks, counted from 0; their hidden states go without a norm, as published
+    """
+
+    may_be_fresh = ("pyramid.", "decode_head.", "auxiliary_head.")
+    # The final norm and the heads of pre-training and classification have no place here.
+    droppable = (*VisionTransformer.droppable, "norm.", "fc_norm.", "head.")
+
+    def __init__(self, num_classes: int, feature_layers: tuple[int, ...] = (3, 5, 7, 11), dropout: float = 0.1,
+                 **backbone):
+        super().__init__(final_norm=False, **backbone)
+        if max(feature_layers) >= self.depth:
+            raise ModelError(f"feature_layers is {list(feature_layers)}, and must name blocks from 0 to "
+                             f"{self.depth - 1}")
+        if self.grid < 2:
+            raise ModelError(f"a crop of {self.image_size} pixels is a single patch of {self.patch_size}: choose a "
+                             f"crop_size of at least {2 * self.patch_size}")
+        self.feature_layers = tuple(sorted(feature_layers))
+        # Nothing follows from later blocks. Several ranks would wait for their gradients for ever.
+        self.blocks[max(feature_layers) + 1:].requires_grad_(False)
+        dim = self.embed_dim
+        self.pyramid = nn.ModuleList([  # the strides are those of 16-pixel patches
+            nn.Sequential(nn.ConvTranspose2d(dim, dim, 2, 2), nn.BatchNorm2d(dim), nn.GELU(),
+                          nn.ConvTranspose2d(dim, dim, 2, 2)),  # stride 4
+            nn.ConvTranspose2d(dim, dim, 2, 2),  # stride 8
+            nn.Identity(),  # stride 16
+            nn.MaxPool2d(2),  # stride 32
+        ])
+        self.decode_head = UperHead(dim, num_classes, dropout)
+        self.auxiliary_head = nn.Sequential(conv_norm_relu(dim, 256, 3), nn.Dropout2d(dropout),
+                                            nn.Conv2d(256, num_classes, 1))
+        for output in (self.decode_head.classify[1], self.auxiliary_head[2]):
+            nn.init.normal_(output.weight, std=0.01)
+            nn.init.zeros_(output.bias)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Normalised images [B, 3, S, S] -> logits [B, classes, S, S] and, while training, the auxiliary head's."""
+        layers = [layer + 1 for layer in self.feature_layers]
+        _, kept = self.forward_blocks(self.embed(images), self.shared_position_bias(), keep=tuple(layers))
+        maps = [kept[layer][:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid)) for layer in layers]
+        maps = [scale(x) for scale, x in zip(self.pyramid, maps)]  # each [B, D, s, s]
+        logits = resize(self.decode_head(maps), images.shape[2:])
+        return logits, resize(self.auxiliary_head(maps[2]), images.shape[2:]) if self.training else None
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over the labelled pixels. logits [B, classes, H, W], labels [B, H, W] -> scalar
+
+    (Published: over all pixels, of which the unlabelled ones give 0.) 0, not 0/0, if a batch has no labelled pixel.
+    """
+    labels = labels.long()
+    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+    return total / (labels != IGNORE).sum().clamp(min=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Act 3. Evaluation
+
+
+@torch.no_grad()
+def sliding_window(predict, image: Tensor, crop: int, stride: int) -> Tensor:
+    """Logits [classes, H, W] of a normalised image [3, H, W]: the mean over overlapping windows, the last ones flush
+    with the border. What is smaller than a window is padded with 0, the mean colour.
+
+    predict   normalised windows [n, 3, crop, crop] -> logits [n, classes, crop, crop]
+    """
+    height, width = image.shape[1:]
+    image = F.pad(image, (0, max(0, crop - width), 0, max(0, crop - height)))
+
+    def starts(length: int) -> list[int]:
+        return [min(start, length - crop) for start in range(0, max(1, length - crop + stride), stride)]
+
+    corners = [(top, left) for top in starts(image.shape[1]) for left in starts(image.shape[2])]
+    windows = torch.stack([image[:, top:top + crop, left:left + crop] for top, left in corners])
+    logits = torch.cat([predict(part).float() for part in windows.split(8)])
+    total = torch.zeros(logits.shape[1], *image.shape[1:], device=image.device)
+    times = torch.zeros(image.shape[1:], device=image.device)
+    for (top, left), values in zip(corners, logits):
+        total[:, top:top + crop, left:left + crop] += values
+        times[top:top + crop, left:left + crop] += 1
+    return (total / times)[:, :height, :width]
+
+
+def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
+    """int64 [classes, classes]: how many pixels of the true class (row) were taken for a class (column)."""
+    valid = labels != IGNORE
+    pairs = labels[valid].long() * num_classes + predictions[valid].long()
+    return pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def segmentation_figures(confusion: Tensor) -> dict:
+    """From a confusion matrix: IoU and accuracy of each class (nan for one that never occurs), and three means.
+
+    miou              mean over classes of  intersection / union  of predicted and true pixels
+    mean_accuracy     mean over classes of the share of their pixels that were found
+    pixel_accuracy    share of all pixels that were right
+    """
+    confusion = confusion.double()
+    hits, truth, predicted = confusion.diagonal(), confusion.sum(dim=1), confusion.sum(dim=0)
+    iou, accuracy = hits / (truth + predicted - hits), hits / truth
+    return dict(iou=iou, accuracy=accuracy, miou=iou.nanmean().item(), mean_accuracy=accuracy.nanmean().item(),
+                pixel_accuracy=(hits.sum() / truth.sum()).item())
+
+
+@torch.no_grad()
+def evaluate(run: engine.Run, model: Segmenter, loader, classes: list[str], painted: set[int]) -> Tensor:
+    """The confusion matrix over all validation images, each at its own resolution, once, however many ranks there are.
+
+    The images whose numbers are in `painted` are also drawn into overlays/, each by the rank that has it.
+    """
+    cfg = run.config.segment
+    model.eval()
+    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=run.device)
+
+    def predict(windows: Tensor) -> Tensor:
+        with run.autocast():
+            return model(windows)[0]
+
+    for sample in loader:
+        image, labels = (sample[key].to(run.device, non_blocking=True) for key in ("image", "labels"))
+        logits = sliding_window(predict, data.normalize(data.to_unit(image)), cfg.crop_size, cfg.stride)
+        prediction = resize(logits[None], labels.shape)[0].argmax(dim=0)  # [H, W]
+        confusion += confusion_matrix(labels, prediction, len(classes))
+        if sample["index"] in painted:
+            paint(run.folder / "overlays", sample, prediction.cpu())
+    return engine.all_reduce_sum(confusion)
+
+
+def print_table(confusion: Tensor, classes: list[str]) -> None:
+    figures = segmentation_figures(confusion)
+    width = max(map(len, classes))
+    engine.say(f"{'class':<{width}}{'IoU':>9}{'accuracy':>10}")
+    for name, iou, accuracy in zip(classes, figures["iou"].tolist(), figures["accuracy"].tolist()):
+        shown = ["-" if math.isnan(value) else f"{100 * value:.1f} %" for value in (iou, accuracy)]
+        engine.say(f"{name:<{width}}{shown[0]:>9}{shown[1]:>10}")
+    engine.say(f"mIoU {100 * figures['miou']:.2f} %, mean accuracy {100 * figures['mean_accuracy']:.2f} %, pixel "
+               f"accuracy {100 * figures['pixel_accuracy']:.2f} %")
+
+
+def paint(folder: Path, sample: dict, prediction: Tensor) -> None:
+    """Write NAME.png: the image, the truth and the prediction side by side, the last two in colours over the image."""
+    labels = sample["labels"]
+    image = resize(data.to_unit(sample["image"])[None].cpu(), labels.shape)[0].permute(1, 2, 0).numpy()  # [H, W, 3]
+    panels = [image]
+    for shown in (labels.numpy(), prediction.numpy()):
+        colours = palette()[shown]  # [H, W, 3]
+        panels.append(np.where(shown[..., None] == IGNORE, image, 0.4 * image + 0.6 * colours))
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = np.concatenate(panels, axis=1)
+    Image.fromarray((255 * picture).round().astype(np.uint8)).save(folder / f"{Path(sample['name']).stem}.png")
+
+
+def palette() -> np.ndarray:
+    """256 colours [256, 3] in [0, 1], neighbours far apart: hues at the golden angle, in three brightnesses."""
+    return np.array([colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.9, 0.55, 0.75)[i % 3], (1.0, 0.85, 0.6)[i % 3])
+                     for i in range(256)])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Act 4. Training
+
+
+def poly_schedule(lr: float, iterations: int, warmup: int) -> list[float]:
+    """Linear from `lr` at the first step towards 0 after the last, times a linear warm-up from 0."""
+    return [lr * (1 - step / iterations) * min(1.0, step / max(1, warmup)) for step in range(iterations)]
+
+
+def main() -> None:
+    config = engine.load_config(SECTIONS)
+    cfg = config.segment
+    if cfg.stride > cfg.crop_size:
+        raise UserError(f"segment.stride is {cfg.stride} and segment.crop_size {cfg.crop_size}: a larger stride would "
+                        f"leave gaps between the windows, so lower it")
+    if cfg.iterations % cfg.eval_every:
+        raise UserError(f"segment.iterations is {cfg.iterations} and segment.eval_every is {cfg.eval_every}: the first "
+                        f"must be a multiple of the second")
+    run = engine.Run("segment_scratch" if cfg.weights == "none" else "segment", config, cfg)
+    if run.device_batch * (engine.world_size() if run.device.type == "cuda" else 1) < 2:
+        raise UserError("BatchNorm needs at least two images at once: raise segment.batch_size or "
+                        "segment.device_batch_size, or use fewer processes")
+    train_set, val_set = open_datasets(config)
+    val_loader = data.ValLoader(WholeView(val_set, cfg), batch_size=None, workers=config.data.workers)
+    painted = set(torch.linspace(0, len(val_set) - 1, min(cfg.overlays, len(val_set))).long().tolist())
+
+    model = Segmenter(len(cfg.classes), cfg.feature_layers, cfg.dropout, drop_path=cfg.drop_path,
+                      rel_pos_bias="per_block" if config.model.rel_pos_bias else None,
+                      **config.model.backbone(cfg.crop_size))
+    if cfg.eval_only:
+        model.may_be_fresh = ()  # a segmenter with untrained heads has nothing to evaluate
+        path = engine.stage_checkpoint(config, run.stage, cfg.checkpoint, "segment.checkpoint", "best.pt")
+        content = read_checkpoint(path)
+        check_dimensions(content, path, "model", config.model)
+        saved = content.get("config", {}).get("segment", {})
+        for key in ("classes", "feature_layers"):
+            here, there = list(getattr(cfg, key)), saved.get(key)
+            if there not in (None, here):
+                raise UserError(f"'{path}' was trained with segment.{key}={there}, not {here}: make them agree")
+        engine.say(load_pretrained(model, content, source=str(path)))
+        print_table(evaluate(run, model.to(run.device), val_loader, cfg.classes, painted), cfg.classes)
+        return
+    if cfg.weights != "none":
+        path = engine.stage_checkpoint(config, "pretrain", cfg.weights, "segment.weights")
+        content = read_checkpoint(path)
+        check_dimensions(content, path, "model", config.model)
+        engine.say_if_unfinished(content, path)
+        engine.say(load_pretrained(model, content, source=str(path)))
+    model.to(run.device)
+    parallel = run.prepare(model)
+    optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay, cfg.layer_decay), cfg)
+
+    loader = data.TrainLoader(CropView(train_set, config.seed, cfg), run.device_batch, config.seed,
+                              workers=config.data.workers)
+    run.notes = {"classes": cfg.classes}
+    rounds = data.Rounds(loader, cfg.eval_every, run.accumulation)
+    run.begin(rounds, read_checkpoint, model=model, optimizer=optimizer)
+    lr = poly_schedule(cfg.lr, cfg.iterations, cfg.warmup_iterations)
+
+    for round_ in run.epochs():
+        parallel.train()
+        for micro_batches in run.steps(round_):
+            engine.set_lr(optimizer, lr[run.step])
+            for batch in micro_batches:
+                images, labels = data.normalize(data.to_unit(batch["image"])), batch["labels"]
+                with run.autocast():
+                    logits, auxiliary_logits = parallel(images)
+                loss = segmentation_loss(logits, labels)
+                auxiliary_loss = segmentation_loss(auxiliary_logits, labels)
+                labelled = labels != IGNORE
+                accuracy = ((logits.argmax(dim=1) == labels) & labelled).sum() / labelled.sum().clamp(min=1)
+                run.record(loss=loss + cfg.auxiliary_weight * auxiliary_loss, accuracy=accuracy)
+                run.backward(loss + cfg.auxiliary_weight * auxiliary_loss)
+            run.optimizer_step(optimizer)
+
+        engine.broadcast_buffers(model)  # the running statistics of BatchNorm, which on CPU each rank has of its own
+        confusion = evaluate(run, model, val_loader, cfg.classes, painted)
+        figures = {name: value for name, value in segmentation_figures(confusion).items() if isinstance(value, float)}
+        if figures["miou"] > run.best:
+            run.best = figures["miou"]
+            run.save_model("best.pt", model, val=figures)
+        run.end_epoch(round_, train={}, val=figures)
+        if round_ + 1 == cfg.epochs:
+            print_table(confusion, cfg.classes)
+    run.finish()
+
+
+if __name__ == "__main__":
+    engine.launch(main, ModelError)

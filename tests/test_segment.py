@@ -1,0 +1,360 @@
+"""Segmentation: annotations read and refused, joint augmentation, UperNet's shapes, sliding windows, mIoU.
+
+Its runs, alone and in two processes, are in test_scripts.py.
+"""
+
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+CODE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(CODE))
+import data  # noqa: E402
+import segment  # noqa: E402
+from beitv2 import ModelError  # noqa: E402
+from engine import UserError  # noqa: E402
+
+IGNORE = segment.IGNORE
+
+
+def config(root="", **options):
+    cfg = segment.SegmentConfig(**dict(classes=["road", "tree", "sky"], crop_size=16, short_side=24, long_side=48) | options)
+    return types.SimpleNamespace(data=data.DataConfig("ade20k", root=str(root)), segment=cfg)
+
+
+def write(root: Path, name="a", image=None, labels=None, split="training", ending=".jpg", **save) -> tuple[Path, Path]:
+    """An image and its annotation: by default 24 x 32, its left half road, its right half tree."""
+    labels = np.repeat([[0] * 16 + [1] * 16], 24, axis=0).astype(np.uint8) if labels is None else labels
+    image = Image.fromarray(np.full((*labels.shape[:2], 3), 90, np.uint8)) if image is None else image
+    paths = root / "images" / split / f"{name}{ending}", root / "annotations" / split / f"{name}.png"
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(paths[0], **save)
+    Image.fromarray(labels).save(paths[1])
+    return paths
+
+
+def dataset(root: Path, **options) -> segment.AnnotatedFolder:
+    return segment.AnnotatedFolder(str(root), "training", config(root, **options).segment)
+
+
+# -- annotations --------------------------------------------------------------------------------------------------
+
+
+def test_labels_as_they_stand(tmp_path):
+    values = np.array([[0, 1, 2], [255, 2, 1]], np.uint8)
+    write(tmp_path, labels=values)
+    assert dataset(tmp_path).segmentation(0).tolist() == [[0, 1, 2], [IGNORE, 2, 1]]
+
+
+def test_zero_as_unlabelled_and_another_number_to_ignore(tmp_path):
+    write(tmp_path, labels=np.array([[0, 1, 2], [3, 255, 1]], np.uint8))
+    assert dataset(tmp_path, reduce_zero_label=True).segmentation(0).tolist() == [[IGNORE, 0, 1], [2, IGNORE, 0]]
+    write(tmp_path, labels=np.array([[0, 1, 11]], np.uint8))
+    assert dataset(tmp_path, ignore_index=11).segmentation(0).tolist() == [[0, 1, IGNORE]]
+
+
+def test_a_palette_png_holds_its_indices(tmp_path):
+    _, path = write(tmp_path)
+    mask = Image.fromarray(np.array([[2, 0], [1, 1]], np.uint8), mode="P")
+    mask.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0])
+    mask.save(path)
+    assert dataset(tmp_path).segmentation(0).tolist() == [[2, 0], [1, 1]]
+
+
+@pytest.mark.parametrize("value, options, shown", [(3, {}, 3), (254, {}, 254), (4, {"reduce_zero_label": True}, 4)])
+def test_a_label_outside_the_classes_names_the_file(tmp_path, value, options, shown):
+    _, path = write(tmp_path, labels=np.array([[0, 1, value]], np.uint8))
+    with pytest.raises(UserError, match=f"{path}' has the label {shown}, but segment.classes names 3"):
+        dataset(tmp_path, **options).segmentation(0)
+
+
+def test_annotations_that_are_none(tmp_path):
+    _, path = write(tmp_path)
+    Image.new("RGB", (32, 24)).save(path)
+    with pytest.raises(UserError, match=f"{path}' is a colour picture"):
+        dataset(tmp_path).segmentation(0)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(UserError, match=f"annotation '{path}' cannot be read"):
+        dataset(tmp_path).segmentation(0)
+
+
+def test_an_annotation_of_another_size_names_the_image(tmp_path):
+    image, path = write(tmp_path)
+    Image.new("L", (31, 24)).save(path)
+    with pytest.raises(UserError, match=f"{image}' has 32 x 24 pixels, but its annotation has 31 x 24"):
+        segment.CropView(dataset(tmp_path), 0, config().segment)[0, 0]
+    with pytest.raises(UserError, match="31 x 24"):
+        segment.WholeView(dataset(tmp_path), config().segment)[0]
+
+
+def test_missing_annotations_and_empty_folders(tmp_path):
+    with pytest.raises(UserError, match=f"no folder '{tmp_path}/images/training'"):
+        dataset(tmp_path)
+    write(tmp_path, "a")
+    _, path = write(tmp_path, "b")
+    path.unlink()
+    with pytest.raises(UserError, match="1 of 2 images .* the first is 'b.jpg': put b.png into"):
+        dataset(tmp_path)
+    for file in (tmp_path / "images/training").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="images/training' holds no image"):
+        dataset(tmp_path)
+
+
+def test_pictures_of_every_kind(tmp_path):
+    """Grey, CMYK, 16 bits, and an animated GIF that calls itself a JPEG: each becomes RGB with the same brightness."""
+    grey = Image.fromarray(np.full((24, 32), 90, np.uint8))
+    write(tmp_path, "a", grey)
+    write(tmp_path, "b", Image.fromarray(np.full((24, 32, 3), 90, np.uint8)).convert("CMYK"))
+    write(tmp_path, "c", Image.fromarray(np.full((24, 32), 90 * 257, np.uint16)), ending=".png")
+    write(tmp_path, "d", grey, ending=".gif", save_all=True, append_images=[Image.new("L", (32, 24))])
+    (tmp_path / "images/training/d.gif").rename(tmp_path / "images/training/d.jpg")
+    images = dataset(tmp_path)
+    assert len(images) == 4
+    for i in range(4):
+        sample = segment.WholeView(images, config().segment)[i]
+        assert sample["image"].shape == (3, 24, 32) and (sample["image"].float() - 90).abs().max() <= 3, images.name(i)
+
+
+def test_shapes_come_with_their_masks():
+    given = types.SimpleNamespace(data=data.DataConfig("shapes", image_size=32, train_images=10, val_images=3),
+                                  segment=segment.SegmentConfig())
+    train_set, val_set = segment.open_datasets(given)
+    assert len(val_set) == 3 and given.segment.classes == ["background", *data.SHAPES]
+    for i in range(10):
+        assert set(np.unique(train_set.segmentation(i))) == {0, 1 + train_set.label(i)}
+
+
+def test_data_sets_without_masks_are_refused():
+    given = types.SimpleNamespace(data=data.DataConfig("cifar10"), segment=segment.SegmentConfig())
+    with pytest.raises(UserError, match="cifar10 has no masks"):
+        segment.open_datasets(given)
+    with pytest.raises(UserError, match="segment.classes lists 0 names"):
+        segment.open_datasets(config(classes=[]))
+
+
+# -- augmentation -------------------------------------------------------------------------------------------------
+
+
+class Painted:
+    """Images whose grey says the label: 60 for class 0, 120 for 1, 180 for 2, in columns of random width."""
+
+    def __init__(self, height=40, width=56):
+        edges = sorted(np.random.default_rng(0).integers(8, width - 8, 2))
+        self.labels = np.zeros((height, width), np.uint8)
+        self.labels[:, edges[0]:], self.labels[:height // 2, edges[1]:] = 1, 2
+
+    def __len__(self):
+        return 1
+
+    def name(self, index):
+        return "painted"
+
+    def load(self, index):
+        return Image.fromarray(60 + 60 * self.labels).convert("RGB")
+
+    def segmentation(self, index):
+        return self.labels
+
+
+def view(**options) -> segment.CropView:
+    view = segment.CropView(Painted(), 0, config(**options).segment)
+    view.distort = lambda image: image
+    return view
+
+
+def test_image_and_labels_are_augmented_together():
+    """Scaled, cropped and flipped alike: away from edges, which interpolation blurs, grey and label agree."""
+    crops = [view(crop_size=16, short_side=40, long_side=80)[0, 0]]
+    crops += [view(crop_size=16, short_side=40, long_side=80)[epoch, 0] for epoch in range(1, 30)]
+    for crop in crops:
+        assert crop["image"].shape == (3, 16, 16) and crop["labels"].shape == (16, 16)
+        expected = 60 + 60 * crop["labels"].float()
+        wrong = (crop["image"][0].float() - expected).abs() > 12
+        assert wrong.float().mean() < 0.2
+    assert len({bytes(crop["labels"].numpy()) for crop in crops}) > 20, "every epoch has a crop of its own"
+
+
+def test_a_sample_is_the_same_whenever_it_is_drawn():
+    first, again = (segment.CropView(Painted(), 0, config().segment)[3, 0] for _ in range(2))
+    assert torch.equal(first["image"], again["image"]) and torch.equal(first["labels"], again["labels"])
+    other = segment.CropView(Painted(), 1, config().segment)[3, 0]
+    assert not torch.equal(first["image"], other["image"])
+
+
+def test_colours_are_distorted_in_the_image_only():
+    changed = 0
+    for epoch in range(20):  # each of the four changes has a chance of one half
+        plain, distorted = view()[epoch, 0], segment.CropView(Painted(), 0, config().segment)[epoch, 0]
+        assert torch.equal(plain["labels"], distorted["labels"])
+        changed += not torch.equal(plain["image"], distorted["image"])
+    assert 15 <= changed < 20
+
+
+def test_small_images_are_padded_with_what_counts_for_nothing():
+    """At the right and the bottom, with the mean colour: as in evaluation, where it is an exact 0."""
+    for epoch in range(10):
+        crop = segment.CropView(Painted(), 0, config(crop_size=128, short_side=40, long_side=56).segment)[epoch, 0]
+        padding = crop["labels"] == IGNORE
+        assert 0 < padding.float().mean() < 1 and not padding[:20, :20].any() and padding[-1].all()
+        assert crop["image"][:, padding].unique(dim=1).tolist() == [[round(255 * mean)] for mean in data.IMAGENET_MEAN]
+
+
+def test_no_class_fills_more_than_three_quarters_of_a_crop_if_ten_tries_find_one():
+    """An image that is class 0 but for a corner: without the rule, most crops would hold nothing else."""
+    view_ = view()
+    labels = torch.zeros(64, 64, dtype=torch.uint8)
+    labels[:, 48:] = 1
+    shares = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        _, crop = view_.crop(torch.zeros(3, 64, 64, dtype=torch.uint8), labels)
+        shares.append(crop.float().mean().item())
+    assert np.mean([0.25 <= share <= 0.75 for share in shares]) > 0.8
+    plain = np.mean([0.25 <= labels[:, left:left + 16].float().mean() <= 0.75 for left in range(49)])
+    assert plain < 0.25
+    labels[:, 48:] = IGNORE  # unlabelled pixels are no class: such a crop is as good as any other, and ends the tries
+    assert view_.crop(torch.zeros(3, 64, 64, dtype=torch.uint8), labels)[1].shape == (16, 16)
+
+
+def test_sizes_fit_into_the_sides_with_their_aspect():
+    cfg = segment.SegmentConfig(short_side=512, long_side=2048)
+    assert segment.scaled_size(256, 512, cfg) == [512, 1024]
+    assert segment.scaled_size(100, 1000, cfg) == [205, 2048]  # the long side limits
+    assert segment.scaled_size(512, 683, cfg, factor=0.5) == [256, 342]
+
+
+# -- the model ----------------------------------------------------------------------------------------------------
+
+TINY = dict(image_size=32, patch_size=8, embed_dim=16, depth=4, num_heads=2)
+
+
+def tiny(**options) -> segment.Segmenter:
+    torch.manual_seed(0)
+    return segment.Segmenter(3, **dict(feature_layers=(0, 1, 2, 3), **TINY) | options)
+
+
+def test_shapes_of_the_pyramid_and_the_logits():
+    model, sizes = tiny(), []
+    model.decode_head.register_forward_pre_hook(lambda _, given: sizes.extend(x.shape[-1] for x in given[0]))
+    logits, auxiliary = model.train()(torch.randn(2, 3, 32, 32))
+    assert sizes == [16, 8, 4, 2], "four times, twice, once and half the grid"
+    assert logits.shape == auxiliary.shape == (2, 3, 32, 32)
+    assert model.eval()(torch.randn(2, 3, 32, 32))[1] is None
+
+
+def test_the_pyramid_takes_the_blocks_that_are_named():
+    """Counted from 0, finest first; the auxiliary head looks at the third."""
+    model = tiny(feature_layers=(3, 0, 1, 2)).eval()
+    x, seen = torch.randn(1, 3, 32, 32), []
+    model.pyramid[2].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model(x)
+    hidden = model.embed(x)
+    for block in model.blocks[:3]:
+        hidden = block(hidden)
+    assert torch.allclose(seen[0].flatten(2).transpose(1, 2), hidden[:, 1:], atol=1e-6)
+
+
+def test_feature_layers_that_the_backbone_has_not():
+    with pytest.raises(ModelError, match="blocks from 0 to 3"):
+        tiny(feature_layers=(0, 1, 2, 4))
+
+
+def test_blocks_that_nothing_follows_from_do_not_train():
+    """Else several ranks would wait for their gradients."""
+    model = tiny(feature_layers=(0, 1, 1, 2)).train()
+    logits, auxiliary = model(torch.randn(2, 3, 32, 32))
+    (logits.sum() + auxiliary.sum()).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad == (not name.startswith("blocks.3.")), name
+
+
+def test_a_crop_of_one_patch_is_refused():
+    with pytest.raises(ModelError, match="at least 16"):
+        tiny(image_size=8)
+
+
+def test_unlabelled_pixels_do_not_count_in_the_loss():
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    labels = torch.randint(0, 3, (2, 4, 4), dtype=torch.uint8)
+    labels[0, :2] = IGNORE
+    loss = segment.segmentation_loss(logits, labels)
+    picked = -logits.log_softmax(dim=1).gather(1, labels.long().clamp(max=2)[:, None])[:, 0]
+    assert torch.allclose(loss, picked[labels != IGNORE].mean())
+    loss.backward()
+    assert not logits.grad[0, :, :2].any() and logits.grad[1].any()
+    assert segment.segmentation_loss(logits, torch.full((2, 4, 4), IGNORE, dtype=torch.uint8)) == 0
+
+
+# -- evaluation ---------------------------------------------------------------------------------------------------
+
+
+def test_one_window_is_a_single_forward():
+    """For images no larger than the crop, padding included."""
+    model = tiny().eval()
+    for height, width in ((32, 32), (20, 32), (9, 17)):
+        image = torch.randn(3, height, width)
+        padded = torch.zeros(1, 3, 32, 32)
+        padded[0, :, :height, :width] = image
+        expected = model(padded)[0][0, :, :height, :width]
+        assert torch.equal(segment.sliding_window(lambda x: model(x)[0], image, 32, 20), expected)
+
+
+@pytest.mark.parametrize("height, width, crop, stride", [(40, 70, 32, 20), (64, 33, 32, 32), (100, 100, 32, 7)])
+def test_windows_cover_every_pixel_and_are_averaged(height, width, crop, stride):
+    """A predictor that knows positions: with the image holding its own coordinates, the mean over windows is exact."""
+    y, x = torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing="ij")
+    image, corners = torch.stack([y, x, torch.ones_like(x)]), []
+
+    def predict(windows):
+        assert windows.shape[1:] == (3, crop, crop)
+        corners.extend((int(window[0, 0, 0]), int(window[1, 0, 0])) for window in windows)
+        return windows[:, :2]
+
+    assert torch.allclose(segment.sliding_window(predict, image, crop, stride), image[:2], atol=1e-4)
+    tops, lefts = ({corner[axis] for corner in corners} for axis in (0, 1))
+    for starts, length in ((tops, height), (lefts, width)):
+        assert max(starts) == max(0, length - crop), "the last window is flush with the border"
+        assert sorted(starts)[:-1] == [stride * i for i in range(len(starts) - 1)]
+
+
+def test_figures_agree_with_counting_pixel_by_pixel():
+    generator = np.random.default_rng(0)
+    labels, predictions = generator.integers(0, 5, (2, 30, 40))
+    labels[:3] = IGNORE
+    labels[labels == 3] = 2  # class 3 never occurs, but is predicted; class 5 neither
+    confusion = segment.confusion_matrix(torch.tensor(labels), torch.tensor(predictions), 6)
+    figures = segment.segmentation_figures(confusion)
+    seen = labels != IGNORE
+    ious, accuracies = [], []
+    for c in range(5):
+        true, found = (labels == c) & seen, (predictions == c) & seen
+        ious.append((true & found).sum() / (true | found).sum())
+        accuracies.append((true & found).sum() / true.sum() if true.any() else np.nan)
+    assert abs(figures["miou"] - np.mean(ious)) < 1e-6
+    assert abs(figures["mean_accuracy"] - np.nanmean(accuracies)) < 1e-6
+    assert abs(figures["pixel_accuracy"] - (labels == predictions)[seen].mean()) < 1e-6
+    assert np.allclose(figures["iou"][:5], ious) and figures["iou"][5].isnan() and figures["iou"][3] == 0
+
+
+def test_the_schedule_rises_and_then_falls_to_zero():
+    lr = segment.poly_schedule(2.0, iterations=100, warmup=10)
+    assert len(lr) == 100 and lr[0] == 0 and lr[5] == pytest.approx(2 * 0.95 * 0.5)
+    assert lr[50] == pytest.approx(1.0) and lr[99] == pytest.approx(0.02) and max(lr) == lr[10] == pytest.approx(1.8)
+
+
+def test_overlays_show_image_truth_and_prediction(tmp_path):
+    labels = torch.tensor([[0, 1], [IGNORE, 2]], dtype=torch.uint8)
+    image = torch.full((3, 2, 2), 100, dtype=torch.uint8)
+    segment.paint(tmp_path, {"image": image, "labels": labels, "name": "x/y.jpg"}, torch.tensor([[0, 1], [2, 2]]))
+    picture = np.asarray(Image.open(tmp_path / "y.png")).astype(int)
+    assert picture.shape == (2, 6, 3)
+    assert (picture[:, :2] == 100).all() and (picture[1, 2] == 100).all(), "unlabelled pixels show the image"
+    assert (picture[0, 2:4] == picture[0, 4:6]).all() and (picture[1, 4] == picture[1, 5]).all()
+    assert len({tuple(colour) for colour in segment.palette()[:150]}) == 150
