@@ -102,15 +102,18 @@ class Attention(nn.Module):
         if num_relative_positions:  # a table of this block's own; VisionTransformer.position_bias reads it
             self.relative_position_bias_table = nn.Parameter(torch.zeros(num_relative_positions, num_heads))
 
-    def forward(self, x: Tensor, position_bias: Tensor | None) -> Tensor:
-        B, T, D = x.shape
+    def queries_keys_values(self, x: Tensor) -> Tensor:
+        """Tokens [B, T, D] -> [3, B, H, T, D/H]."""
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, qkv_bias)  # [B, T, 3D]
-        q, k, v = qkv.reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, T, D/H]
+        return qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x: Tensor, position_bias: Tensor | None) -> Tensor:
+        q, k, v = self.queries_keys_values(x)
         if position_bias is not None:
             position_bias = position_bias.to(q.dtype)  # half precision under autocast
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=position_bias)
-        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class QuickGELU(nn.Module):

@@ -92,7 +92,7 @@ def fail(sentence: str, status: int = 1) -> typing.NoReturn:
 # ----------------------------------------------------------------------------------------------------------------
 # Configuration
 
-SECTIONS = ("data", "model", "tokenizer", "pretrain", "finetune", "segment")
+SECTIONS = ("data", "model", "tokenizer", "pretrain", "finetune", "segment", "visualize")
 
 # Types of options: what a value may be, smallest and largest included.
 Count = Annotated[int, 1, math.inf]
@@ -518,6 +518,7 @@ class Run:
         self.totals: dict[str, list] = {}  # [sum, count] of each metric in this epoch
         self.recent_losses: list[float] = []  # of the window before, to be told if the next one breaks
         self.best = -math.inf  # highest score of an epoch so far
+        self.board = None  # TensorBoard's writer, on rank 0 and where it is installed
         self.notes: dict[str, Any] = {}  # plain values to go with every checkpoint, such as the classes' names
         self.ddp: nn.Module | None = None  # the model that exchanges gradients, with several ranks
         self.stop_signal: int | None = None  # SIGINT or SIGTERM, once this rank has received one
@@ -568,6 +569,8 @@ class Run:
             say(f"{self.stage}: finished already; its figures are in {self.folder / 'metrics.jsonl'}")
         if rank() == 0:
             (self.folder / "config.yaml").write_text(yaml.safe_dump(as_dict(self.config), sort_keys=False))
+        if rank() == 0:
+            self.board = open_board(self.folder, self.step)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.request_stop)
         self.saved_step, self.window_start = self.step, time.perf_counter()
@@ -750,9 +753,21 @@ class Run:
         self.recent_losses = values.get("loss", torch.zeros(0))[-5:].tolist()
 
     def write(self, line: dict) -> None:
-        if rank() == 0:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+        """Add a line to metrics.jsonl, and its numbers to TensorBoard's files where that is installed."""
+        if rank() > 0:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.board is not None:
+            for part, values in (("step", line), ("train", line.get("train", {})), ("val", line.get("val", {}))):
+                for name, value in values.items():
+                    if isinstance(value, float):
+                        self.board.add_scalar(f"{part}/{name}", value, line["step"])
+
+    def picture(self, name: str, pixels: Any) -> None:
+        """Show TensorBoard, if there is one, a uint8 array [H, W, 3]."""
+        if self.board is not None:
+            self.board.add_image(name, pixels, self.step, dataformats="HWC")
 
     def end_epoch(self, epoch: int, train: dict[str, float], val: dict[str, float]) -> None:
         """Write the epoch's means and what was measured after it, save, and stop here if that was asked for."""
@@ -770,6 +785,15 @@ class Run:
     def finish(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+
+def open_board(folder: Path, step: int) -> Any:
+    """TensorBoard's writer into `folder`, forgetting what came after `step`; None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def save_atomically(state: dict, path: Path) -> None:

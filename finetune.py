@@ -439,8 +439,8 @@ def open_val_loader(run: engine.Run, dataset, strict=True) -> data.ValLoader:
     return data.ValLoader(view, run.device_batch, workers=run.config.data.workers)
 
 
-def report(config) -> None:
-    """Print what has been measured in OUTPUT_DIR, with an untrained backbone and with the pre-trained one."""
+def results(config) -> list[tuple[str, str, str]]:
+    """What has been measured in OUTPUT_DIR: (title, with an untrained backbone, with the pre-trained one)."""
     def figure(folder: str, name: str) -> str:
         path = Path(config.output_dir) / folder / "metrics.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
@@ -450,9 +450,13 @@ def report(config) -> None:
     rows = [("k-NN, [CLS]", "knn", "cls"), ("k-NN, mean patch", "knn", "mean"),
             ("linear probe, [CLS]", "linear_probe", "cls"), ("linear probe, mean patch", "linear_probe", "mean"),
             ("fine-tuning", "finetune", "top1")]
-    engine.say(f"{'validation accuracy':<26}{'untrained':>12}{'pre-trained':>14}")
-    for title, folder, name in rows:
-        engine.say(f"{title:<26}{figure(f'{folder}_scratch', name):>12}{figure(folder, name):>14}")
+    return [(title, figure(f"{folder}_scratch", name), figure(folder, name)) for title, folder, name in rows]
+
+
+def report(config) -> None:
+    """Print the table of results."""
+    for row in [("validation accuracy", "untrained", "pre-trained"), *results(config)]:
+        engine.say(f"{row[0]:<26}{row[1]:>12}{row[2]:>14}")
 
 
 if __name__ == "__main__":

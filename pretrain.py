@@ -15,8 +15,10 @@ Writes OUTPUT_DIR/pretrain/{last.pt, metrics.jsonl, config.yaml}.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 
 import data
 import engine
@@ -51,6 +53,7 @@ class PretrainConfig(engine.TrainConfig):
 
 SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "tokenizer": vqkd.TokenizerConfig,
             "pretrain": PretrainConfig}
+HIT, MISS = (0, 114, 178), (230, 159, 0)  # blue and orange, which colour-blind people can tell apart
 
 
 def main() -> None:
@@ -60,9 +63,7 @@ def main() -> None:
 
     train_set, val_set = data.open_datasets(config.data)
     tokenizer = vqkd.load_tokenizer(config, cfg.tokenizer_weights, "pretrain.tokenizer_weights").to(run.device)
-    backbone = config.model.backbone(size) | dict(rel_pos_bias="shared" if config.model.rel_pos_bias else None)
-    model = MaskedImageModel(config.tokenizer.codebook_size, cfg.early_layers, cfg.head_layers, cfg.shared_lm_head,
-                             cfg.drop_path, **backbone).to(run.device)
+    model = build_model(config).to(run.device)
     parallel = run.prepare(model)
     optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay), cfg)
 
@@ -95,10 +96,19 @@ def main() -> None:
                 run.backward(loss)
             run.optimizer_step(optimizer)
 
+        paint_epoch(run, model, tokenizer, val_set, epoch)
         last = epoch + 1 == cfg.epochs
         pulse = cfg.knn_every and ((epoch + 1) % cfg.knn_every == 0 or last)
         run.end_epoch(epoch, train={}, val=knn_pulse(run, model, train_set, val_set) if pulse else {})
     run.finish()
+
+
+def build_model(config) -> MaskedImageModel:
+    """The model that the sections `model`, `pretrain` and `data` describe."""
+    cfg = config.pretrain
+    return MaskedImageModel(config.tokenizer.codebook_size, cfg.early_layers, cfg.head_layers, cfg.shared_lm_head,
+                            cfg.drop_path, rel_pos_bias="shared" if config.model.rel_pos_bias else None,
+                            **config.model.backbone(config.data.image_size))
 
 
 def cross_entropy(logits: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,6 +132,61 @@ def knn_pulse(run: engine.Run, model: MaskedImageModel, train_set, val_set) -> d
     bank, queries = features
     return {f"knn_{kind}": engine.knn_accuracy(bank[kind], bank["labels"], queries[kind], queries["labels"])
             for kind in ("cls", "mean")}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A small picture of each epoch
+
+
+@torch.no_grad()
+def paint_epoch(run: engine.Run, model: MaskedImageModel, tokenizer: vqkd.VQKD, val_set, epoch: int) -> None:
+    """Write OUTPUT_DIR/pretrain/epoch-NN.png: four validation images, their masks, and what each head got right."""
+    if engine.rank() > 0:
+        return
+    model.eval()
+    cfg, view = run.config.pretrain, data.ValView(val_set, run.config.data.image_size)
+    chosen = torch.linspace(0, len(val_set) - 1, min(4, len(val_set))).long().tolist()
+    images = torch.stack([view[i]["image"] for i in chosen])
+    generator = torch.Generator().manual_seed(0)  # the same masks in each epoch
+    mask = torch.stack([data.block_mask(model.grid, cfg.num_masked, cfg.min_block, generator) for _ in chosen])
+    masked = masked_positions(mask, cfg.num_masked).to(run.device)
+    with run.autocast():
+        inputs = data.to_unit(images.to(run.device))
+        codes = tokenizer.token_ids(inputs).gather(1, masked)
+        heads = [logits for logits in model(data.normalize(inputs), masked) if logits is not None]
+    rows = []
+    for i, image in enumerate(images):
+        panels = [image.permute(1, 2, 0).numpy(), mask_picture(image, masked[i], None, model.grid)]
+        panels += [mask_picture(image, masked[i], logits[i].argmax(dim=-1) == codes[i], model.grid) for logits in heads]
+        rows.append(np.concatenate(panels, axis=1))
+    picture = np.concatenate(rows)
+    Image.fromarray(picture).save(run.folder / f"epoch-{epoch + 1:02d}.png")
+    run.picture("masks and hits", picture)
+
+
+def mask_picture(image: torch.Tensor, masked: torch.Tensor, hits: torch.Tensor | None, grid: int,
+                 scale: int = 1) -> np.ndarray:
+    """The image [3, S, S] with its masked patches [M] grey, or, with `hits` [M], blue with a dot where a head was
+    right and orange with a cross where it was wrong: uint8 [S * scale, S * scale, 3]."""
+    size = image.shape[-1] // grid * scale
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(picture)
+    for m, place in enumerate(masked.tolist()):
+        top, left = place // grid * size, place % grid * size
+        box, middle = (left, top, left + size - 1, top + size - 1), (left + size // 2, top + size // 2)
+        r = max(1, size // 6)
+        inner = (middle[0] - r, middle[1] - r, middle[0] + r, middle[1] + r)
+        if hits is None:
+            draw.rectangle(box, fill=(128, 128, 128))
+        elif hits[m]:
+            draw.rectangle(box, fill=HIT, outline="white")
+            draw.ellipse(inner, fill="white")
+        else:
+            draw.rectangle(box, fill=MISS, outline="white")
+            draw.line(inner, fill="black", width=max(1, size // 12))
+            draw.line((inner[0], inner[3], inner[2], inner[1]), fill="black", width=max(1, size // 12))
+    return np.asarray(picture)
 
 
 if __name__ == "__main__":

@@ -84,13 +84,16 @@ class Teacher(nn.Module):
         self.patch_size, self.output_dim = backbone.patch_size, output_dim or backbone.embed_dim
         self.requires_grad_(False).eval()
 
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images in [0,1] at the backbone's resolution, normalised its way."""
         size = self.backbone.image_size
         if images.shape[-1] != size:
             images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        tokens = self.backbone(data.normalize(images, self.mean, self.std))
-        return self.projection(tokens[:, 1:])
+        return data.normalize(images, self.mean, self.std)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        return self.projection(self.backbone(self.prepare(images))[:, 1:])
 
 
 class HOG(nn.Module):

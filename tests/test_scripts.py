@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ import finetune  # noqa: E402
 import pretrain  # noqa: E402
 import segment  # noqa: E402
 import tokenizer  # noqa: E402
+import visualize  # noqa: E402
 from beitv2 import ModelError  # noqa: E402
 from engine import UserError  # noqa: E402
 
@@ -476,7 +478,7 @@ def test_an_interrupted_torchrun(home, uninterrupted, stage, how):
 def test_a_finished_run_started_again(home, capsys):
     """It says so, and changes nothing."""
     files = {file: file.read_bytes() for file in (home / "base/pretrain").iterdir()}
-    assert {file.name for file in files} == {"last.pt", "metrics.jsonl", "config.yaml"}
+    assert {file.name for file in files} == {"last.pt", "metrics.jsonl", "config.yaml", "epoch-01.png", "epoch-02.png"}
     start("pretrain", home, "base")
     assert "finished already" in capsys.readouterr().out
     assert files == {file: file.read_bytes() for file in (home / "base/pretrain").iterdir()}
@@ -1057,3 +1059,78 @@ def test_exported_weights_have_the_names_and_shapes_of_timm(home):
     backbone.load_state_dict(timm)
     image = torch.randn(1, 3, 224, 224)
     assert torch.allclose(backbone(image), pretrained.eval().features(image), atol=1e-4)
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+def visualized(home: Path, output: str, *changes: str) -> str:
+    given = "visualize.images=7", "visualize.decoder_steps=3", "visualize.shown=2"
+    sys.argv = ["visualize.py", *arguments(home, output, *given, *changes)]
+    visualize.main()
+    return (home / output / "report.html").read_text()
+
+
+def test_a_page_of_a_whole_run(home):
+    page = visualized(home, "base")
+    titles = [title for title, _ in visualize.TITLES]
+    assert all(f"<h2>{title}</h2>" in page for title in titles) and page.count("Left out") == 0
+    assert "the teacher is hog" in page, "which alone has no attention to show"
+    assert page.count("<img ") > 20 and page.count("<svg viewBox") > 8
+    sizes = [len(image) for image in re.findall(r'base64,([^"]*)"', page)]
+    assert max(sizes) > 500
+
+
+def test_what_a_run_lacks_is_named_with_its_command(home):
+    sys.argv = ["visualize.py", str(home / "tiny.yaml"), f"output_dir={home}/nothing"]
+    with pytest.raises(UserError, match="torchrun tokenizer.py"):
+        visualize.main()
+    (home / "begun").mkdir()
+    shutil.copytree(home / "base/tokenizer", home / "begun/tokenizer")
+    sys.argv[2] = f"output_dir={home}/begun"
+    sys.argv += ["visualize.images=7", "visualize.decoder_steps=0"]
+    visualize.main()
+    page = (home / "begun/report.html").read_text()
+    assert "code " in page and page.count("torchrun pretrain.py") >= 2 and "visualize.decoder_steps=600" in page
+
+
+def test_names_of_classes_are_escaped(home):
+    root = home / "odd"
+    for split in ("train", "val"):
+        picture(root, split, "<b>&cat", 8)
+    shutil.copytree(home / "base/tokenizer", home / "odd_run/tokenizer")
+    page = visualized(home, "odd_run", "data.dataset=imagefolder", f"data.root={root}", "data.image_size=16")
+    assert "&lt;b&gt;&amp;cat" in page and "<b>&cat" not in page
+
+
+def test_curves_of_several_runs(home):
+    shutil.copytree(home / "base/pretrain", home / "again/pretrain")
+    sys.argv = ["visualize.py", str(home / "base"), str(home / "again")]
+    visualize.main()
+    page = (home / "base/compare.html").read_text()
+    for run in ("base", "again"):
+        assert f"{home}/{run} loss" in page
+
+
+def test_each_epoch_has_its_picture(home):
+    from PIL import Image
+    for epoch in (1, 2):
+        with Image.open(home / f"base/pretrain/epoch-0{epoch}.png") as image:
+            assert image.size == (4 * 16, 4 * 16), "image, mask and two heads; four images"
+
+
+def test_tensorboard_gets_numbers_and_pictures(home, monkeypatch):
+    """Where it is installed. Here it is played by a list."""
+    class Board(list):
+        def add_scalar(self, name, value, step):
+            self.append((name, value, step))
+
+        def add_image(self, name, pixels, step, dataformats):
+            self.append((name, pixels.shape, step))
+
+    board = Board()
+    monkeypatch.setattr(engine, "open_board", lambda folder, step: board)
+    folder = start("pretrain", home, "board") / "pretrain"
+    lines = metrics(folder)
+    assert ("step/loss", lines[0]["loss"], 2) in board and ("val/knn_cls", lines[-1]["val"]["knn_cls"], 16) in board
+    assert [entry for entry in board if entry[0] == "masks and hits"] == [("masks and hits", (64, 64, 3), step) for step in (8, 16)]
