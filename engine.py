@@ -843,7 +843,7 @@ def stage_checkpoint(config: types.SimpleNamespace, stage: str, given: str, key:
     if not path.is_file():
         script, scratch, _ = stage.partition("_scratch")
         raise UserError(f"there is no '{path}' yet: make it with `torchrun {script}.py {config.file}"
-                        f"{f' {script}.weights=none' if scratch else ''}`, or set {key}=PATH_OR_URL")
+                        f"{f' {script}.weights=none' if scratch else ''}`{key and f', or set {key}=PATH_OR_URL'}")
     return path
 
 

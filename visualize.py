@@ -630,7 +630,7 @@ class Models:
     def pretrained(self) -> MaskedImageModel:
         def make():
             config = self.config
-            path = engine.stage_checkpoint(config, "pretrain", "", "finetune.weights")
+            path = engine.stage_checkpoint(config, "pretrain", given="", key="")
             model = pretrain.build_model(config)
             engine.say(load_pretrained(model, path))
             return model.eval()
