@@ -282,6 +282,11 @@ def say(*words: Any) -> None:
         sys.stdout.flush()
 
 
+def cores() -> int:
+    """The processors that this process may use, as far as the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def setup_distributed(device: str = "auto") -> torch.device:
     """Join the process group that torchrun announces, if any, and take this rank's device (NCCL on CUDA, else gloo)."""
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -295,9 +300,7 @@ def setup_distributed(device: str = "auto") -> torch.device:
         torch.cuda.set_device(local_rank)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     else:
-        # torchrun gives each process one thread. Share out all processors instead (Linux tells which we may use).
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local_world))
+        torch.set_num_threads(max(1, cores() // local_world))  # torchrun gives each process one thread: share all out
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if use_cuda else "gloo")
     return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
