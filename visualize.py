@@ -492,7 +492,8 @@ def token_maps_section(config, seen, models) -> str:
 
 
 def shown_images(config, seen: Seen) -> list[int]:
-    return torch.linspace(0, len(seen.images) - 1, min(config.visualize.shown, len(seen.images))).long().tolist()
+    """Random ones, but the same each time."""
+    return torch.randperm(len(seen.images), generator=torch.Generator().manual_seed(0))[:config.visualize.shown].tolist()
 
 
 @torch.no_grad()
@@ -658,13 +659,14 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; p
 img { max-width: 100%; height: auto; display: block; image-rendering: pixelated; }
 figure { margin: 0 0 1.2rem; } figcaption { font-size: .85rem; margin-top: .3rem; }
 .row, .charts { display: flex; flex-wrap: wrap; gap: 1rem; } .row figure { max-width: 26rem; }
-.chart { flex: 1 1 22rem; min-width: 0; max-width: 34rem; } .chart.wide { max-width: 46rem; }
+.chart { flex: 0 1 22rem; min-width: 0; } .chart.wide { max-width: 46rem; }
 .chart > svg { width: 100%; height: auto; display: block; }
 svg text { fill: currentColor; font-size: 12.5px; } svg .title { font-weight: 600; font-size: 14px; }
 .axis { stroke: currentColor; fill: none; } .grid { stroke: var(--line); } .curve { fill: none; stroke-width: 2; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .85rem; margin: .2rem 0 1rem; }
 .legend span { display: inline-flex; align-items: center; gap: .3rem; }
-table { border-collapse: collapse; } td, th { text-align: left; padding: .15rem 1rem .15rem 0; font-weight: normal; }
+table { border-collapse: collapse; overflow-wrap: normal; }
+td, th { text-align: left; padding: .15rem 1rem .15rem 0; font-weight: normal; } h1 { font-size: clamp(1.3rem, 5vw, 2rem); }
 .missing { border-left: 4px solid #E69F00; padding: .2rem .8rem; } nav a { margin-right: 1rem; }
 .hit { border-bottom: 3px solid #0072B2; } .miss { border-bottom: 3px solid #E69F00; }
 """
