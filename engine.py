@@ -619,6 +619,8 @@ class Run:
                           totals=self.totals, best=self.best, steps_per_epoch=self.steps_per_epoch, stage=self.stage,
                           config=as_dict(self.config))
             save_atomically(state, self.checkpoint_file)
+            if self.board is not None:
+                self.board.flush()
         self.saved_step = self.step
 
     def save_model(self, name: str, model: nn.Module, val: dict[str, float]) -> None:
@@ -815,17 +817,21 @@ def save_atomically(state: dict, path: Path) -> None:
                         f"to go on from the checkpoint before") from error
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, but for a last one that was cut short, or is being written just now."""
+    lines = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
 def keep_lines(path: Path, step: int) -> None:
     """Drop what an interrupted run measured after its last checkpoint: those steps are about to be taken again."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # the last line may have been cut short
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
     part = path.with_suffix(".part")
-    part.write_text("".join(f"{line}\n" for line in kept))
+    part.write_text("".join(f"{json.dumps(line)}\n" for line in read_lines(path) if line["step"] <= step))
     os.replace(part, path)
 
 

@@ -18,7 +18,6 @@ something is trained.
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -443,7 +442,7 @@ def results(config) -> list[tuple[str, str, str]]:
     """What has been measured in OUTPUT_DIR: (title, with an untrained backbone, with the pre-trained one)."""
     def figure(folder: str, name: str) -> str:
         path = Path(config.output_dir) / folder / "metrics.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        lines = engine.read_lines(path) if path.is_file() else []
         values = [line["val"][name] for line in lines if name in line.get("val", {})]
         return f"{100 * values[-1]:.1f} %" if values else "-"
 

@@ -10,7 +10,7 @@ stage 1, which sees the whole image:
 
     loss = - mean over masked patches i of  log p(code_i | visible patches)  +  log p(code_i | [CLS], early patches)
 
-Writes OUTPUT_DIR/pretrain/{last.pt, metrics.jsonl, config.yaml}.
+Writes OUTPUT_DIR/pretrain/{last.pt, metrics.jsonl, config.yaml, epoch-NN.png}.
 """
 
 from dataclasses import dataclass

@@ -9,9 +9,10 @@ them. What a run lacks is left out, with a line that says which command adds it.
 """
 
 import base64
+import copy
+import dataclasses
 import html
 import io
-import json
 import math
 import sys
 from dataclasses import dataclass, field
@@ -107,7 +108,9 @@ def choose_codes(ids: Tensor, cfg: VisualizeConfig, codebook_size: int) -> list[
 def examples_of(ids: Tensor, code: int, count: int) -> list[tuple[int, int, int]]:
     """Up to `count` patches (image, row, column) with this code: from as many images as possible, evenly chosen."""
     places = (ids == code).nonzero()  # in the order of images
-    first = [i for i in range(len(places)) if i == 0 or places[i, 0] != places[i - 1, 0]]
+    new = torch.ones(len(places), dtype=torch.bool)  # the first in its image
+    new[1:] = places[1:, 0] != places[:-1, 0]
+    first = new.nonzero().flatten().tolist()
     order = first if len(first) >= count else first + sorted(set(range(len(places))) - set(first))
     chosen = torch.linspace(0, len(order) - 1, min(count, len(order))).long().tolist() if len(first) >= count else \
         range(min(count, len(order)))
@@ -199,12 +202,13 @@ class PixelDecoder(nn.Module):
 
 
 @torch.enable_grad()
-def train_pixel_decoder(tokenizer: vqkd.VQKD, view: data.TrainView, steps: int, device: torch.device) -> PixelDecoder:
+def train_pixel_decoder(tokenizer: vqkd.VQKD, view: data.TrainView, steps: int, device: torch.device,
+                        workers: int = 0) -> PixelDecoder:
     """Train a decoder on training crops, whose codes the frozen tokenizer gives, by the mean absolute error."""
     codebook = tokenizer.quantize.embedding.weight
     decoder = PixelDecoder(codebook.shape[1], tokenizer.encoder.patch_size).to(device)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=2e-3)
-    loader = data.TrainLoader(view, min(32, len(view)), seed=0)
+    loader = data.TrainLoader(view, min(32, len(view)), seed=0, workers=workers)
     for step in range(steps):
         epoch, skipped = divmod(step, loader.batches_per_epoch)
         if step == 0 or skipped == 0:
@@ -229,7 +233,8 @@ def mean_patch(images: Tensor, ids: Tensor, code: int, patch_size: int) -> Tenso
 def principal_components(features: Tensor) -> Tensor:
     """Features [n, D] on their two main directions, [n, 2]."""
     centred = features - features.mean(dim=0)
-    return centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
+    points = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
+    return F.pad(points, (0, 2 - points.shape[1]))  # a single image has no direction
 
 
 def nearest_images(features: Tensor, query: int, count: int) -> list[int]:
@@ -243,8 +248,7 @@ def nearest_images(features: Tensor, query: int, count: int) -> list[int]:
 def read_curves(folder: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """metrics.jsonl of a stage as curves {"step": {name: [(step, value)]}, "epoch": {name: [(epoch, value)]}}."""
     curves = {"step": {}, "epoch": {}}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        line = json.loads(line)
+    for line in engine.read_lines(folder / "metrics.jsonl"):
         if "val" in line:
             values = line.get("train", {}) | {f"val {name}": value for name, value in line["val"].items()}
             x, kind = line["epoch"] + 1, "epoch"
@@ -273,12 +277,17 @@ def patch_with_context(image: Tensor, row: int, column: int, patch_size: int, sc
     margin = patch_size // 2
     padded = F.pad(image[None].float(), [margin] * 4, mode="replicate")[0].byte()
     top, left = row * patch_size, column * patch_size
-    picture = Image.fromarray(enlarge(pixels(padded[:, top:top + 2 * patch_size, left:left + 2 * patch_size]), scale))
-    inner = (margin * scale - 1, margin * scale - 1, (margin + patch_size) * scale, (margin + patch_size) * scale)
-    draw = ImageDraw.Draw(picture)
-    draw.rectangle(inner, outline="black", width=2)
-    draw.rectangle([inner[0] + 1, inner[1] + 1, inner[2] - 1, inner[3] - 1], outline="white")
-    return np.asarray(picture)
+    picture = enlarge(pixels(padded[:, top:top + 2 * patch_size, left:left + 2 * patch_size]), scale)
+    return framed(picture, margin * scale, margin * scale, patch_size * scale)
+
+
+def framed(picture: np.ndarray, left: int, top: int, side: int) -> np.ndarray:
+    """The picture with a square marked by a frame of black and white, which shows on any colour."""
+    image = Image.fromarray(picture)
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((left - 1, top - 1, left + side, top + side), outline="black", width=2)
+    draw.rectangle((left, top, left + side - 1, top + side - 1), outline="white")
+    return np.asarray(image)
 
 
 def token_map(ids: Tensor, colours: np.ndarray, cell: int) -> np.ndarray:
@@ -414,19 +423,25 @@ def results_section(config, seen, models) -> str:
     rows = "".join(f"<tr><th>{html.escape(title)}</th><td>{untrained}</td><td>{trained}</td></tr>"
                    for title, untrained, trained in finetune.results(config))
     return (f"<table><tr><th>validation accuracy</th><td>untrained</td><td>pre-trained</td></tr>{rows}</table>"
-            f"<p>A dash: not measured yet. README.md has the commands, of which `make demo` gives all.</p>")
+            f"<p>A dash: not measured yet. <code>torchrun finetune.py {html.escape(config.file)}</code> adds the last "
+            "row, with <code>finetune.mode=linear_probe</code> or <code>finetune.mode=knn</code> the others; "
+            "<code>finetune.weights=none</code> is for the untrained column.</p>")
 
 
 def curves_section(config, seen, models) -> str:
-    folders = [path.parent for path in Path(config.output_dir).glob("*/metrics.jsonl")]
-    order = ("tokenizer", "pretrain", "finetune", "finetune_scratch")
-    folders.sort(key=lambda folder: (order.index(folder.name) if folder.name in order else len(order), folder.name))
-    drawn = [(folder.name, charts({"": read_curves(folder)})) for folder in folders]
+    stages = in_order({path.parent.name for path in Path(config.output_dir).glob("*/metrics.jsonl")})
+    drawn = [(stage, charts({"": read_curves(Path(config.output_dir) / stage)})) for stage in stages]
     drawn = [f"<h3>{html.escape(name)}</h3>{content}" for name, content in drawn if content]
     if not drawn:
         raise UserError(f"there are no metrics in '{config.output_dir}' yet: begin with `torchrun tokenizer.py "
                         f"{config.file}`")
     return "".join(drawn)
+
+
+def in_order(stages: set[str]) -> list[str]:
+    """Stages as they follow each other, then the others by name."""
+    order = ("tokenizer", "pretrain", "finetune", "finetune_scratch")
+    return sorted(stages, key=lambda stage: (order.index(stage) if stage in order else len(order), stage))
 
 
 # title, unit of y, against what, and the names that belong into one chart
@@ -459,7 +474,8 @@ def words_section(config, seen, models) -> str:
     codebook, scale = tokenizer.quantize.embedding.weight.detach().cpu(), max(1, round(32 / seen.patch_size))
     counts = seen.ids.flatten().bincount(minlength=len(codebook))
     parts = [f"<p>{int((counts > 0).sum())} of {len(codebook)} codes occur in {len(seen.images)} validation images; "
-             f"perplexity {vqkd.perplexity(counts.double()):.0f}. Framed is the patch itself.</p>"]
+             f"perplexity {vqkd.perplexity(counts.double()):.0f}. Framed is the patch itself. After the count: from "
+             "images of which classes these patches come, the three largest shares.</p>"]
     for code in choose_codes(seen.ids, cfg, len(codebook)):
         places = examples_of(seen.ids, code, cfg.examples)
         if not places:
@@ -469,7 +485,7 @@ def words_section(config, seen, models) -> str:
         mean = enlarge(pixels(mean_patch(seen.images, seen.ids, code, seen.patch_size).byte()), scale)
         shares = class_shares(seen.ids, seen.labels, code, len(seen.classes))
         of_classes = ", ".join(f"{html.escape(seen.classes[k])} {100 * shares[k]:.0f} %"
-                               for k in shares.argsort(descending=True)[:3].tolist())
+                               for k in shares.argsort(descending=True)[:3].tolist() if shares[k] > 0)
         near = ", ".join(f"{other} ({cosine:.2f})" for other, cosine in nearest_codes(codebook, code, 3))
         share = 100 * counts[code] / counts.sum()
         parts.append(figure(embed(row_of([*pictures, mean]), f"patches of code {code}, and their mean"),
@@ -485,7 +501,7 @@ def token_maps_section(config, seen, models) -> str:
     for i in shown_images(config, seen):
         pictures = [enlarge(pixels(seen.images[i]), scale), token_map(seen.ids[i], colours, seen.patch_size * scale)]
         used = seen.ids[i].unique()
-        parts.append(figure(embed(row_of(pictures), f"image {i} and its codes"),
+        parts.append(figure(embed(row_of(pictures), f"{seen.names[i]} and its codes"),
                             f"{html.escape(seen.classes[seen.labels[i]])}: {len(used)} different codes"))
     return ("<p>Each code has one colour everywhere; codes that are near to each other have similar ones.</p>"
             f'<div class="row">{"".join(parts)}</div>')
@@ -493,7 +509,8 @@ def token_maps_section(config, seen, models) -> str:
 
 def shown_images(config, seen: Seen) -> list[int]:
     """Random ones, but the same each time."""
-    return torch.randperm(len(seen.images), generator=torch.Generator().manual_seed(0))[:config.visualize.shown].tolist()
+    order = torch.randperm(len(seen.images), generator=torch.Generator().manual_seed(0))
+    return order[:config.visualize.shown].tolist()
 
 
 @torch.no_grad()
@@ -543,7 +560,7 @@ def belief(seen: Seen, image: int, said: Prediction, j: int, m: int) -> str:
     place = int(said.masked[j, m])
     pictures = [patch_with_context(seen.images[image], place // grid, place % grid, size, scale)]
     for code in said.top[j, m].tolist():
-        places = examples_of(seen.ids, code, 1)
+        places = [place for place in examples_of(seen.ids, code, 2) if place[0] != image]  # not the hidden patch itself
         pictures.append(patch_with_context(seen.images[places[0][0]], *places[0][1:], size, scale) if places
                         else np.full((2 * size * scale,) * 2 + (3,), 128, np.uint8))
     shares = ", ".join(f"{code}: {100 * share:.0f} %{' ✓' if code == said.truth[j, m] else ''}"
@@ -577,12 +594,16 @@ def attention_section(config, seen, models) -> str:
         for token, row in (("[CLS]", 0), (f"patch {query}", first + query - 1)):
             for i, attention in zip(chosen, maps[:, :, row, first:]):  # [H, N]
                 heads = attention.view(-1, grid, grid)
-                pictures = [enlarge(pixels(seen.images[i]), scale), heat_map(heads.mean(dim=0), size),
-                            *(heat_map(head, size) for head in heads)]
+                image = enlarge(pixels(seen.images[i]), scale)
+                if row:
+                    side = size // grid
+                    image = framed(image, (query - 1) % grid * side, (query - 1) // grid * side, side)
+                pictures = [image, heat_map(heads.mean(dim=0), size), *(heat_map(head, size) for head in heads)]
                 parts.append(figure(embed(row_of(pictures), f"attention of {token}"),
                                     f"{name}, block {layer}, {html.escape(token)}: image, mean, {len(heads)} heads"))
-    return ("<p>How much a token attends to each patch, from little (dark) to much (bright): the mean over heads, then "
-            f"each head.</p>{''.join(parts)}{''.join(notes)}")
+    return ("<p>How much a token ([CLS], or the framed patch) attends to each patch, from little (dark) to much "
+            "(bright): the mean over heads, then each head; each map has a scale of its own.</p>"
+            f"{''.join(parts)}{''.join(notes)}")
 
 
 @torch.no_grad()
@@ -625,7 +646,8 @@ class Models:
         def make():
             train_set, _ = data.open_datasets(self.config.data)
             view = data.TrainView(train_set, self.config.seed, self.config.data.image_size, (0.7, 1.0))
-            return train_pixel_decoder(self.tokenizer(), view, self.config.visualize.decoder_steps, self.device)
+            return train_pixel_decoder(self.tokenizer(), view, self.config.visualize.decoder_steps, self.device,
+                                       self.config.data.workers)
         return self.once("pixels", make)
 
     def pretrained(self) -> MaskedImageModel:
@@ -641,7 +663,12 @@ class Models:
         return self.pretrained(), data.normalize
 
     def finetuned(self):
-        return self.once("finetuned", lambda: finetune.open_trained(self.config)[0]), data.normalize
+        """This run's own, whatever `finetune.weights` says: that is where fine-tuning starts from."""
+        def make():
+            config = copy.copy(self.config)
+            config.finetune = dataclasses.replace(config.finetune, weights="", classes_file="")
+            return finetune.open_trained(config)[0]
+        return self.once("finetuned", make), data.normalize
 
     def teacher(self):
         if self.config.tokenizer.teacher == "hog":
@@ -666,7 +693,8 @@ svg text { fill: currentColor; font-size: 12.5px; } svg .title { font-weight: 60
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .85rem; margin: .2rem 0 1rem; }
 .legend span { display: inline-flex; align-items: center; gap: .3rem; }
 table { border-collapse: collapse; overflow-wrap: normal; }
-td, th { text-align: left; padding: .15rem 1rem .15rem 0; font-weight: normal; } h1 { font-size: clamp(1.3rem, 5vw, 2rem); }
+td, th { text-align: left; padding: .15rem 1rem .15rem 0; font-weight: normal; }
+h1 { font-size: clamp(1.3rem, 5vw, 2rem); }
 .missing { border-left: 4px solid #E69F00; padding: .2rem .8rem; } nav a { margin-right: 1rem; }
 .hit { border-bottom: 3px solid #0072B2; } .miss { border-bottom: 3px solid #E69F00; }
 """
@@ -695,22 +723,22 @@ def report(config) -> Path:
         except (UserError, ModelError) as error:
             sections.append((name, f'<p class="missing">Left out: {html.escape(str(error))}</p>'))
     path = Path(config.output_dir) / "report.html"
-    path.write_text(page(f"BEiT v2: {config.output_dir}", sections))
+    path.write_text(page(f"BEiT v2: {config.output_dir}", sections), encoding="utf-8", errors="replace")
     return path
 
 
 def compare(folders: list[Path]) -> Path:
     """Write FIRST/compare.html: the curves of several runs laid over each other, stage by stage."""
-    stages = sorted({path.parent.name for folder in folders for path in folder.glob("*/metrics.jsonl")})
-    if not stages:
-        raise UserError(f"there are no metrics in {', '.join(map(str, folders))}: give the output_dir of runs")
     sections = []
-    for stage in stages:
+    for stage in in_order({path.parent.name for folder in folders for path in folder.glob("*/metrics.jsonl")}):
         having = [folder for folder in folders if (folder / stage / "metrics.jsonl").is_file()]
         runs = {str(folder): read_curves(folder / stage) for folder in having}
-        sections.append((stage, charts(runs)))
+        if content := charts(runs):
+            sections.append((stage, content))
+    if not sections:
+        raise UserError(f"there are no curves in {', '.join(map(str, folders))}: give the output_dir of runs")
     path = folders[0] / "compare.html"
-    path.write_text(page("BEiT v2: " + ", ".join(map(str, folders)), sections))
+    path.write_text(page("BEiT v2: " + ", ".join(map(str, folders)), sections), encoding="utf-8", errors="replace")
     return path
 
 

@@ -1098,9 +1098,31 @@ def test_names_of_classes_are_escaped(home):
     root = home / "odd"
     for split in ("train", "val"):
         picture(root, split, "<b>&cat", 8)
+        for i in range(8):
+            (root / split / "<b>&cat" / f"{i}.png").rename(root / split / "<b>&cat" / f'{i}"<i>.png')
     shutil.copytree(home / "base/tokenizer", home / "odd_run/tokenizer")
     page = visualized(home, "odd_run", "data.dataset=imagefolder", f"data.root={root}", "data.image_size=16")
-    assert "&lt;b&gt;&amp;cat" in page and "<b>&cat" not in page
+    assert "&lt;b&gt;&amp;cat" in page and "&quot;&lt;i&gt;.png" in page
+    assert "<b>&cat" not in page and "<i>" not in page
+    visualized(home, "odd_run", "data.dataset=imagefolder", f"data.root={root}", "visualize.images=1")  # no direction, no neighbour
+
+
+def test_a_line_that_is_being_written(home):
+    """Looking at a run that goes on, or was killed."""
+    shutil.copytree(home / "base", home / "live")
+    for stage in ("tokenizer", "finetune"):
+        with open(home / "live" / stage / "metrics.jsonl", "a") as file:
+            file.write('{"epoch": 1, "step": 17, "lo')
+    assert "Codebook usage" in visualized(home, "live")
+
+
+def test_the_fine_tuned_model_is_that_of_the_run(home, monkeypatch):
+    """Not what finetune.weights names: with it, fine-tuning begins."""
+    config = load_tiny(home)
+    config.finetune, config.output_dir = finetune.FinetuneConfig(weights=f"{home}/base/pretrain/last.pt"), str(home / "base")
+    model, _ = visualize.Models(config, None).finetuned()
+    best = torch.load(home / "base/finetune/best.pt", weights_only=True)["model"]
+    assert torch.equal(model.head.weight, best["head.weight"])
 
 
 def test_curves_of_several_runs(home):
@@ -1127,6 +1149,9 @@ def test_tensorboard_gets_numbers_and_pictures(home, monkeypatch):
 
         def add_image(self, name, pixels, step, dataformats):
             self.append((name, pixels.shape, step))
+
+        def flush(self):
+            pass
 
     board = Board()
     monkeypatch.setattr(engine, "open_board", lambda folder, step: board)
