@@ -31,7 +31,8 @@ SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "la
 class ModelError(ValueError):
     """A model that cannot be built or a checkpoint that does not fit; the message says why in one sentence."""
 
-Count = Annotated[int, 1, math.inf]
+
+Count = Annotated[int, 1, math.inf]  # smallest and largest value, checked when a config is read
 
 
 @dataclass
@@ -49,10 +50,11 @@ class ModelConfig:
     abs_pos_embed: bool = False  # learned absolute position embeddings
     checkpoint_activations: bool = False  # recompute the blocks in the backward pass: less memory, a third more time
 
-    def backbone(self, image_size: int) -> dict:
-        """Keyword arguments of `VisionTransformer` for this configuration."""
+    def backbone(self, image_size: int, tables: Literal["shared", "per_block"] = "per_block") -> dict:
+        """Keyword arguments of `VisionTransformer` for this configuration; `tables` of position bias, if any."""
         return dimensions(self) | dict(
             image_size=image_size,
+            rel_pos_bias=tables if self.rel_pos_bias else None,
             patch_size=self.patch_size,
             mlp_ratio=self.mlp_ratio,
             layer_scale=self.layer_scale,

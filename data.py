@@ -553,8 +553,8 @@ class EpochBatches:
 
 def loader_options(workers: int) -> dict:
     # The generator: a DataLoader draws a seed for its workers, and must not take it from the training loop's.
-    return dict(num_workers=min(workers, engine.cores()), worker_init_fn=start_worker, pin_memory=torch.cuda.is_available(),
-                generator=torch.Generator())
+    return dict(num_workers=min(workers, engine.cores()), worker_init_fn=start_worker,
+                pin_memory=torch.cuda.is_available(), generator=torch.Generator())
 
 
 def start_worker(_: int):

@@ -90,8 +90,8 @@ def finetune(config) -> None:
     num_classes = len(train_set.classes)
     val_loader = open_val_loader(run, val_set)
 
-    backbone = config.model.backbone(size) | dict(rel_pos_bias="per_block" if config.model.rel_pos_bias else None)
-    model = Classifier(num_classes, cfg.mean_pool, cfg.init_scale, drop_path=cfg.drop_path, **backbone)
+    model = Classifier(num_classes, cfg.mean_pool, cfg.init_scale, drop_path=cfg.drop_path,
+                       **config.model.backbone(size))
     load_weights(config, model, train_set.classes)
     model.to(run.device)
     parallel = run.prepare(model)
@@ -167,8 +167,7 @@ def evaluate(run: engine.Run, model: nn.Module, loader, columns: Tensor | None =
 def open_backbone(run: engine.Run) -> nn.Module:
     """The frozen backbone with its final norm, as a function of uint8 images: tokens [B, T, D]."""
     config = run.config
-    model = VisionTransformer(rel_pos_bias="per_block" if config.model.rel_pos_bias else None,
-                              **config.model.backbone(config.data.image_size))
+    model = VisionTransformer(**config.model.backbone(config.data.image_size))
     load_weights(config, model)
     return model.requires_grad_(False).eval().to(run.device)
 
@@ -282,8 +281,7 @@ def read_trained(config) -> tuple[dict, dict[str, Tensor], Path]:
 def open_trained(config) -> tuple[VisionTransformer, list[str] | None]:
     """That checkpoint as a classifier if it has a head, else as a backbone; and the names of its classes, if known."""
     content, state, path = read_trained(config)
-    options = dict(rel_pos_bias="per_block" if config.model.rel_pos_bias else None,
-                   **config.model.backbone(config.data.image_size))
+    options = config.model.backbone(config.data.image_size)
     if "head.weight" in state:
         model = Classifier(len(state["head.weight"]), mean_pool="fc_norm.weight" in state, **options)
         model.may_be_fresh = ()

@@ -107,8 +107,7 @@ def build_model(config) -> MaskedImageModel:
     """The model that the sections `model`, `pretrain` and `data` describe."""
     cfg = config.pretrain
     return MaskedImageModel(config.tokenizer.codebook_size, cfg.early_layers, cfg.head_layers, cfg.shared_lm_head,
-                            cfg.drop_path, rel_pos_bias="shared" if config.model.rel_pos_bias else None,
-                            **config.model.backbone(config.data.image_size))
+                            cfg.drop_path, **config.model.backbone(config.data.image_size, tables="shared"))
 
 
 def cross_entropy(logits: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,12 +143,10 @@ def paint_epoch(run: engine.Run, model: MaskedImageModel, tokenizer: vqkd.VQKD, 
     if engine.rank() > 0:
         return
     model.eval()
-    cfg, view = run.config.pretrain, data.ValView(val_set, run.config.data.image_size)
+    view = data.ValView(val_set, run.config.data.image_size)
     chosen = torch.linspace(0, len(val_set) - 1, min(4, len(val_set))).long().tolist()
     images = torch.stack([view[i]["image"] for i in chosen])
-    generator = torch.Generator().manual_seed(0)  # the same masks in each epoch
-    mask = torch.stack([data.block_mask(model.grid, cfg.num_masked, cfg.min_block, generator) for _ in chosen])
-    masked = masked_positions(mask, cfg.num_masked).to(run.device)
+    masked = fixed_masks(len(chosen), model.grid, run.config.pretrain).to(run.device)
     with run.autocast():
         inputs = data.to_unit(images.to(run.device))
         codes = tokenizer.token_ids(inputs).gather(1, masked)
@@ -162,6 +159,13 @@ def paint_epoch(run: engine.Run, model: MaskedImageModel, tokenizer: vqkd.VQKD, 
     picture = np.concatenate(rows)
     Image.fromarray(picture).save(run.folder / f"epoch-{epoch + 1:02d}.png")
     run.picture("masks and hits", picture)
+
+
+def fixed_masks(count: int, grid: int, cfg: PretrainConfig) -> torch.Tensor:
+    """Masked positions [count, M] for pictures, drawn as in training, but the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.stack([data.block_mask(grid, cfg.num_masked, cfg.min_block, generator) for _ in range(count)])
+    return masked_positions(mask, cfg.num_masked)
 
 
 def mask_picture(image: torch.Tensor, masked: torch.Tensor, hits: torch.Tensor | None, grid: int,

@@ -271,7 +271,7 @@ class Segmenter(VisionTransformer):
 
     may_be_fresh = ("pyramid.", "decode_head.", "auxiliary_head.")
     # The final norm and the heads of pre-training and classification have no place here.
-    droppable = (*VisionTransformer.droppable, "norm.", "fc_norm.", "head.")
+    droppable = (*VisionTransformer.droppable, "norm.", "fc_norm.")
 
     def __init__(self, num_classes: int, feature_layers: tuple[int, ...] = (3, 5, 7, 11), dropout: float = 0.1,
                  **backbone):
@@ -408,9 +408,9 @@ def paint(folder: Path, sample: dict, prediction: Tensor) -> None:
     """Write NAME.png: the image, the truth and the prediction side by side, the last two in colours over the image."""
     labels = sample["labels"]
     image = resize(data.to_unit(sample["image"])[None].cpu(), labels.shape)[0].permute(1, 2, 0).numpy()  # [H, W, 3]
-    panels = [image]
+    panels, class_colours = [image], palette()
     for shown in (labels.numpy(), prediction.numpy()):
-        colours = palette()[shown]  # [H, W, 3]
+        colours = class_colours[shown]  # [H, W, 3]
         panels.append(np.where(shown[..., None] == IGNORE, image, 0.4 * image + 0.6 * colours))
     folder.mkdir(parents=True, exist_ok=True)
     picture = np.concatenate(panels, axis=1)
@@ -450,7 +450,6 @@ def main() -> None:
     painted = set(torch.linspace(0, len(val_set) - 1, min(cfg.overlays, len(val_set))).long().tolist())
 
     model = Segmenter(len(cfg.classes), cfg.feature_layers, cfg.dropout, drop_path=cfg.drop_path,
-                      rel_pos_bias="per_block" if config.model.rel_pos_bias else None,
                       **config.model.backbone(cfg.crop_size))
     if cfg.eval_only:
         model.may_be_fresh = ()  # a segmenter with untrained heads has nothing to evaluate
@@ -490,12 +489,12 @@ def main() -> None:
                 images, labels = data.normalize(data.to_unit(batch["image"])), batch["labels"]
                 with run.autocast():
                     logits, auxiliary_logits = parallel(images)
-                loss = segmentation_loss(logits, labels)
                 auxiliary_loss = segmentation_loss(auxiliary_logits, labels)
+                loss = segmentation_loss(logits, labels) + cfg.auxiliary_weight * auxiliary_loss
                 labelled = labels != IGNORE
                 accuracy = ((logits.argmax(dim=1) == labels) & labelled).sum() / labelled.sum().clamp(min=1)
-                run.record(loss=loss + cfg.auxiliary_weight * auxiliary_loss, accuracy=accuracy)
-                run.backward(loss + cfg.auxiliary_weight * auxiliary_loss)
+                run.record(loss=loss, accuracy=accuracy)
+                run.backward(loss)
             run.optimizer_step(optimizer)
 
         engine.broadcast_buffers(model)  # the running statistics of BatchNorm, which on CPU each rank has of its own

@@ -203,8 +203,7 @@ def open_teacher(config) -> nn.Module:
             raise UserError(f"'{path}' does not say what model it holds: the teacher 'beitv2' must be a checkpoint "
                             f"that pretrain.py wrote")
         model = ModelConfig(**content["config"]["model"])
-        backbone = VisionTransformer(rel_pos_bias="per_block" if model.rel_pos_bias else None,
-                                     **model.backbone(grid * model.patch_size))
+        backbone = VisionTransformer(**model.backbone(grid * model.patch_size))
         engine.say(load_pretrained(backbone, content, source=str(path)))
         return Teacher(backbone, data.IMAGENET_MEAN, data.IMAGENET_STD)
 
@@ -591,9 +590,9 @@ def encode(config) -> None:
     loader = data.ValLoader(data.ValView(images, config.data.image_size), cfg.device_batch_size or 64,
                             workers=min(config.data.workers, len(images)))
     model = load_tokenizer(config, cfg.weights, "tokenizer.weights").to(device)
-    ids = []
+    precision, ids = engine.Precision(config.precision, device), []
     for batch in loader:
-        with engine.Precision(config.precision, device).autocast():
+        with precision.autocast():
             ids.append(model.token_ids(data.to_unit(batch["image"].to(device))))
     codes = engine.gather_in_order(torch.cat(ids), len(images)).view(-1, model.grid, model.grid).cpu()
     names = [images.name(i) for i in range(len(images))]

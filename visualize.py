@@ -30,7 +30,7 @@ import engine
 import finetune
 import pretrain
 import tokenizer as vqkd
-from beitv2 import MaskedImageModel, ModelConfig, ModelError, VisionTransformer, load_pretrained, masked_positions
+from beitv2 import MaskedImageModel, ModelConfig, ModelError, VisionTransformer, load_pretrained
 from engine import Count, Natural, UserError
 
 # Colours that colour-blind people can tell apart, on white and on black (Okabe and Ito 2008).
@@ -157,12 +157,9 @@ class Prediction:
 @torch.no_grad()
 def predict_masked(model: MaskedImageModel, images: Tensor, ids: Tensor, config) -> Prediction:
     """Mask uint8 images [B, 3, S, S] as in pre-training, and let both heads say what is hidden."""
-    cfg = config.pretrain
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.stack([data.block_mask(model.grid, cfg.num_masked, cfg.min_block, generator) for _ in images])
-    masked, truth = masked_positions(mask, cfg.num_masked), ids.flatten(1)
+    masked = pretrain.fixed_masks(len(images), model.grid, config.pretrain)
+    truth = ids.flatten(1).gather(1, masked)
     logits, head_logits = model(data.normalize(data.to_unit(images)), masked)
-    truth = truth.gather(1, masked)
     hits = {"backbone": logits.argmax(dim=-1) == truth}
     if head_logits is not None:
         hits["aggregation head"] = head_logits.argmax(dim=-1) == truth
@@ -209,11 +206,8 @@ def train_pixel_decoder(tokenizer: vqkd.VQKD, view: data.TrainView, steps: int, 
     decoder = PixelDecoder(codebook.shape[1], tokenizer.encoder.patch_size).to(device)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=2e-3)
     loader = data.TrainLoader(view, min(32, len(view)), seed=0, workers=workers)
-    for step in range(steps):
-        epoch, skipped = divmod(step, loader.batches_per_epoch)
-        if step == 0 or skipped == 0:
-            batches = loader.epoch(epoch)
-        images = data.to_unit(next(batches)["image"].to(device))
+    for step, batch in enumerate(data.Rounds(loader, steps, accumulation=1).epoch(0)):
+        images = data.to_unit(batch["image"].to(device))
         ids = tokenizer.token_ids(images).view(-1, tokenizer.grid, tokenizer.grid)
         loss = F.l1_loss(decoder(F.embedding(ids, codebook).permute(0, 3, 1, 2)), images)
         loss.backward()
@@ -534,9 +528,10 @@ def pixels_section(config, seen, models) -> str:
 
 
 def predictions_section(config, seen, models) -> str:
-    model, tokenizer = models.pretrained(), models.tokenizer()
+    model = models.pretrained()
+    models.tokenizer()  # gives `seen` its codes
     chosen, scale = shown_images(config, seen), scale_of(config, 150)
-    said = predict_masked(model.cpu(), seen.images[chosen], seen.ids[chosen], config)
+    said = predict_masked(model, seen.images[chosen], seen.ids[chosen], config)
     parts = ['<p>Which of the masked patches each head gets right: <span class="hit">blue with a dot</span> is a hit, '
              '<span class="miss">orange with a cross</span> a miss. Below, for some of them: what is hidden, and '
              "patches of the five codes that the backbone believes in most.</p>"]

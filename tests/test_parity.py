@@ -291,7 +291,7 @@ def test_initialisation_of_base():
     """
     expected = recipe("base_mim_init")
     engine.seed_everything(0)
-    model = MaskedImageModel(rel_pos_bias="shared", **ModelConfig(size="base").backbone(image_size=224))
+    model = MaskedImageModel(**ModelConfig(size="base").backbone(image_size=224, tables="shared"))
     state = model.state_dict()
     assert state.keys() == expected.keys()
     assert sum(p.numel() for p in model.parameters()) == recipe("base_mim_params")

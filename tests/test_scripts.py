@@ -234,14 +234,19 @@ def two_ranks(home):
     return {name: outcome for name, outcome in first.items() if second.get(name) == outcome}
 
 
+def made_when_asked(home: Path, output: str, changes: dict[str, list[str]]):
+    """A function from a stage to its folder, which runs the stage when it is first asked for."""
+    def folder(stage: str) -> Path:
+        if not (home / output / stage / "metrics.jsonl").exists():
+            start(script_of(stage), home, output, *changes[stage])
+        return home / output / stage
+    return folder
+
+
 @pytest.fixture(scope="module")
 def one_rank(home):
-    """The same runs in one process, made when they are first asked for."""
-    def folder(stage: str) -> Path:
-        if not (home / "one" / stage / "metrics.jsonl").exists():
-            start(script_of(stage), home, "one", *COMPARED[stage])
-        return home / "one" / stage
-    return folder
+    """The same runs in one process."""
+    return made_when_asked(home, "one", COMPARED)
 
 
 # Sums in another order differ by 1e-7 in each step, and by a few 1e-6 in the weights after 16, since AdamW divides
@@ -371,11 +376,7 @@ def interrupt(monkeypatch, step: int, how: signal.Signals):
 
 @pytest.fixture(scope="module")
 def uninterrupted(home):
-    def folder(stage: str) -> Path:
-        if not (home / "whole" / stage / "metrics.jsonl").exists():
-            start(script_of(stage), home, "whole", *INTERRUPTED[stage])
-        return home / "whole" / stage
-    return folder
+    return made_when_asked(home, "whole", INTERRUPTED)
 
 
 def assert_same_bits(whole: Path, pieces: Path):
