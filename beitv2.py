@@ -504,6 +504,23 @@ def read_checkpoint(path: str | Path) -> dict:
     return content
 
 
+def read_model(path: str | Path, section: str, here) -> dict:
+    """`read_checkpoint` for a model of the dimensions `here`: a configuration's section, named `section` in the file.
+
+    Tensors of another shape would be refused later anyway. But another number of heads fits, and computes something
+    else. Published files do not say their dimensions, and pass. Raises ModelError, which names what differs.
+    """
+    content = read_checkpoint(path)
+    saved = content.get("config", {}).get(section)
+    if saved and dimensions(argparse.Namespace(**saved)) != dimensions(here):
+        there, here = ([f"{section}.{key}={value}" for key, value in dimensions(part).items()]
+                       for part in (argparse.Namespace(**saved), here))
+        differing = [f"{a} there, {b} here" for a, b in zip(there, here) if a != b]
+        raise ModelError(f"'{path}' was made with another model ({'; '.join(differing)}): make the configuration "
+                         f"agree with it, or choose another checkpoint")
+    return content
+
+
 def plain_types() -> list:
     """What official files hold beside tensors, none of it code: argparse's namespace and numpy's scalars."""
     import numpy as np
@@ -591,20 +608,6 @@ def timm_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
         depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
         kept |= {f"blocks.{i}.attn.relative_position_bias_table": shared.clone() for i in range(depth)}
     return kept
-
-
-def check_dimensions(content: dict, source: str | Path, section: str, here) -> None:
-    """Refuse a checkpoint of ours of other dimensions than those of the section `here`.
-
-    Tensors of another shape would be refused anyway. But another number of heads fits, and computes something else.
-    """
-    saved = content.get("config", {}).get(section)
-    if saved and dimensions(argparse.Namespace(**saved)) != dimensions(here):
-        there, here = ([f"{section}.{key}={value}" for key, value in dimensions(part).items()]
-                       for part in (argparse.Namespace(**saved), here))
-        differing = [f"{a} there, {b} here" for a, b in zip(there, here) if a != b]
-        raise ModelError(f"'{source}' was made with another model ({'; '.join(differing)}): make the configuration "
-                         f"agree with it, or choose another checkpoint")
 
 
 def resize_positions(name: str, value: Tensor, target: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ from torchvision.transforms import v2
 
 import data
 import engine
-from beitv2 import (Classifier, ModelConfig, ModelError, VisionTransformer, check_dimensions, load_pretrained,
-                    model_state, read_checkpoint, timm_state)
+from beitv2 import (Classifier, ModelConfig, ModelError, VisionTransformer, load_pretrained, model_state,
+                    read_checkpoint, read_model, timm_state)
 from engine import Amount, Count, Share
 
 
@@ -273,8 +273,7 @@ def read_trained(config) -> tuple[dict, dict[str, Tensor], Path]:
     given = config.finetune.weights
     stage = "finetune_scratch" if given == "none" else "finetune"
     path = engine.stage_checkpoint(config, stage, "" if given == "none" else given, "finetune.weights", "best.pt")
-    content = read_checkpoint(path)
-    check_dimensions(content, path, "model", config.model)
+    content = read_model(path, "model", config.model)
     return content, model_state(content, str(path)), path
 
 
@@ -417,8 +416,7 @@ def load_weights(config, model: nn.Module, classes: list[str] | None = None) -> 
     if config.finetune.weights == "none":
         return
     path = engine.stage_checkpoint(config, "pretrain", config.finetune.weights, "finetune.weights")
-    content = read_checkpoint(path)
-    check_dimensions(content, path, "model", config.model)
+    content = read_model(path, "model", config.model)
     engine.say_if_unfinished(content, path)
     state = model_state(content, str(path))
     if classes is None and "fc_norm.weight" in state:

@@ -33,7 +33,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import data
 import engine
-from beitv2 import ModelConfig, ModelError, VisionTransformer, check_dimensions, load_pretrained, read_checkpoint
+from beitv2 import ModelConfig, ModelError, VisionTransformer, load_pretrained, read_checkpoint, read_model
 from engine import Amount, Count, Natural, Share, UserError
 
 IGNORE = 255  # the label, inside this file, of pixels that count for nothing
@@ -454,8 +454,7 @@ def main() -> None:
     if cfg.eval_only:
         model.may_be_fresh = ()  # a segmenter with untrained heads has nothing to evaluate
         path = engine.stage_checkpoint(config, run.stage, cfg.checkpoint, "segment.checkpoint", "best.pt")
-        content = read_checkpoint(path)
-        check_dimensions(content, path, "model", config.model)
+        content = read_model(path, "model", config.model)
         saved = content.get("config", {}).get("segment", {})
         for key in ("classes", "feature_layers"):
             here, there = list(getattr(cfg, key)), saved.get(key)
@@ -466,8 +465,7 @@ def main() -> None:
         return
     if cfg.weights != "none":
         path = engine.stage_checkpoint(config, "pretrain", cfg.weights, "segment.weights")
-        content = read_checkpoint(path)
-        check_dimensions(content, path, "model", config.model)
+        content = read_model(path, "model", config.model)
         engine.say_if_unfinished(content, path)
         engine.say(load_pretrained(model, content, source=str(path)))
     model.to(run.device)

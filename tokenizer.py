@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 import data
 import engine
-from beitv2 import (SIZES, ModelConfig, ModelError, VisionTransformer, check_dimensions, dimensions, init_weights,
-                    load_pretrained, model_state, read_checkpoint)
+from beitv2 import (SIZES, ModelConfig, ModelError, VisionTransformer, dimensions, init_weights, load_pretrained,
+                    model_state, read_checkpoint, read_model)
 from engine import Amount, Count, Share, UserError
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -457,8 +457,7 @@ def build_vqkd(config, teacher_dim: int) -> VQKD:
 def load_tokenizer(config, weights: str, key: str) -> VQKD:
     """A trained tokenizer, frozen: from `weights` (path or URL), or from this experiment's own stage 1."""
     path = engine.stage_checkpoint(config, "tokenizer", weights, key)
-    content = read_checkpoint(path)
-    check_dimensions(content, path, "tokenizer", config.tokenizer)
+    content = read_model(path, "tokenizer", config.tokenizer)
     engine.say_if_unfinished(content, path)
     # Whose features it learned, and with how deep a decoder, does not matter any more: the file knows.
     state = model_state(content, str(path))

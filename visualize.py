@@ -30,7 +30,7 @@ import engine
 import finetune
 import pretrain
 import tokenizer as vqkd
-from beitv2 import MaskedImageModel, ModelConfig, ModelError, VisionTransformer, load_pretrained
+from beitv2 import MaskedImageModel, ModelConfig, ModelError, VisionTransformer, load_pretrained, read_model
 from engine import Count, Natural, UserError
 
 # Colours that colour-blind people can tell apart, on white and on black (Okabe and Ito 2008).
@@ -650,7 +650,8 @@ class Models:
             config = self.config
             path = engine.stage_checkpoint(config, "pretrain", given="", key="")
             model = pretrain.build_model(config)
-            engine.say(load_pretrained(model, path))
+            content = read_model(path, "model", config.model)
+            engine.say(load_pretrained(model, content, source=str(path)))
             return model.eval()
         return self.once("pretrained", make)
 

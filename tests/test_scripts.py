@@ -1095,6 +1095,14 @@ def test_what_a_run_lacks_is_named_with_its_command(home):
     assert "code " in page and page.count("torchrun pretrain.py") >= 2 and "visualize.decoder_steps=600" in page
 
 
+def test_a_model_of_another_number_of_heads_is_not_drawn(home):
+    """Its tensors would fit, and the attention maps would be wrong."""
+    page = visualized(home, "base", "model.num_heads=4")
+    refused = "Left out: &#x27;{}/base/{}&#x27; was made with another model (model.num_heads=2 there, model.num_heads=4 here)"
+    assert refused.format(home, "pretrain/last.pt") in page
+    assert "<h2>Codebook words</h2>" in page and "code " in page, "what does not need that model is there"
+
+
 def test_names_of_classes_are_escaped(home):
     root = home / "odd"
     for split in ("train", "val"):
