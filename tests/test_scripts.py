@@ -1125,7 +1125,7 @@ def test_a_line_that_is_being_written(home):
     assert "Codebook usage" in visualized(home, "live")
 
 
-def test_the_fine_tuned_model_is_that_of_the_run(home, monkeypatch):
+def test_the_fine_tuned_model_is_that_of_the_run(home):
     """Not what finetune.weights names: with it, fine-tuning begins."""
     config = load_tiny(home)
     config.finetune, config.output_dir = finetune.FinetuneConfig(weights=f"{home}/base/pretrain/last.pt"), str(home / "base")
