@@ -762,7 +762,8 @@ def assert_one_sentence(done: subprocess.CompletedProcess, *parts: str):
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and all(part in lines[0] for part in parts), done.stderr
     before = done.stderr.partition(lines[0])[0]
-    assert "Traceback" not in before and 'File "' + str(CODE) not in done.stderr
+    assert "Traceback" not in before
+    assert not re.search(rf'File "{re.escape(str(CODE))}/\w+\.py"', done.stderr)  # torchrun's own may be in CODE/.venv
 
 
 @pytest.mark.parametrize("mistake, parts", [("data.image_size=18", ["patch"]), ("data.rooot=x", ["data.rooot", "data.root"])])
