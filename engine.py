@@ -517,6 +517,7 @@ class Run:
         self.device_batch = share // self.accumulation  # images of one forward pass on this rank
 
         self.step = 0  # optimizer steps done
+        self.epochs_done = 0  # trained and validated
         self.window: dict[str, list] = {}  # values of each metric since the last line of metrics.jsonl
         self.totals: dict[str, list] = {}  # [sum, count] of each metric in this epoch
         self.recent_losses: list[float] = []  # of the window before, to be told if the next one breaks
@@ -567,8 +568,8 @@ class Run:
         if on_main(self.checkpoint_file.is_file):  # one rank decides: all go on, or all start anew
             self.resume(read_checkpoint(self.checkpoint_file))
         if rank() == 0:
-            keep_lines(self.folder / "metrics.jsonl", self.step)
-        if self.step >= self.total_steps:
+            keep_lines(self.folder / "metrics.jsonl", self.step, self.epochs_done)
+        if self.epochs_done >= self.train.epochs:
             say(f"{self.stage}: finished already; its figures are in {self.folder / 'metrics.jsonl'}")
         if rank() == 0:
             (self.folder / "config.yaml").write_text(yaml.safe_dump(as_dict(self.config), sort_keys=False))
@@ -580,7 +581,8 @@ class Run:
         self.waited = 0.0  # seconds spent waiting for data in this window
 
     def resume(self, state: dict) -> None:
-        needed = {"config", "step", "steps_per_epoch", "window", "totals", "best", "scaler", *self.parts}
+        counters = ("step", "epochs_done", "window", "totals", "best")
+        needed = {"config", "steps_per_epoch", "scaler", *counters, *self.parts}
         if missing := needed - state.keys():
             raise UserError(f"'{self.checkpoint_file}' is no checkpoint of this stage (it lacks "
                             f"{', '.join(sorted(missing))}): move it away, or choose another output_dir")
@@ -606,8 +608,8 @@ class Run:
                                 f"data set to continue, or start anew with another output_dir") from error
         if state["scaler"]:  # empty if that part of the run needed none
             self.precision.scaler.load_state_dict(state["scaler"])
-        self.step, self.window, self.totals, self.best = (state[key] for key in ("step", "window", "totals", "best"))
-        if self.step < self.total_steps:
+        self.step, self.epochs_done, self.window, self.totals, self.best = (state[key] for key in counters)
+        if self.epochs_done < self.train.epochs:
             say(f"{self.stage}: going on from step {self.step} of {self.total_steps}")
 
     def save(self) -> None:
@@ -615,9 +617,9 @@ class Run:
         if rank() == 0:
             state = {key: part.state_dict() for key, part in self.parts.items()}
             state |= self.notes
-            state |= dict(scaler=self.precision.scaler.state_dict(), step=self.step, window=self.window,
-                          totals=self.totals, best=self.best, steps_per_epoch=self.steps_per_epoch, stage=self.stage,
-                          config=as_dict(self.config))
+            state |= dict(scaler=self.precision.scaler.state_dict(), step=self.step,
+                          epochs_done=self.epochs_done, window=self.window, totals=self.totals, best=self.best,
+                          steps_per_epoch=self.steps_per_epoch, stage=self.stage, config=as_dict(self.config))
             save_atomically(state, self.checkpoint_file)
             if self.board is not None:
                 self.board.flush()
@@ -643,7 +645,7 @@ class Run:
     # -- the loop -------------------------------------------------------------------------------------------------
 
     def epochs(self) -> range:
-        return range(self.step // self.steps_per_epoch, self.train.epochs)
+        return range(self.epochs_done, self.train.epochs)
 
     def steps(self, epoch: int) -> Iterator[Iterator[dict]]:
         """Yield one optimizer step's micro-batches after the other, from where the run stands in this epoch."""
@@ -660,9 +662,8 @@ class Run:
             log = self.step % self.train.log_every == 0 or end_of_epoch
             if log:
                 self.flush(epoch)
-            if end_of_epoch:  # `end_epoch` saves, and stops if need be
-                break
-            if log and self.step - self.saved_step >= self.train.save_every:
+            # Validation may take long, and torchrun grants 30 seconds after Ctrl-C: the epoch is saved before it too.
+            if end_of_epoch or (log and self.step - self.saved_step >= self.train.save_every):
                 self.save()
             if (log or world_size() == 1) and self.asked_to_stop():  # asking the other ranks in each step would cost
                 self.stop()
@@ -781,9 +782,9 @@ class Run:
         figures = [f"{name} {value:.4g}" for name, value in train.items() if name not in ("lr", "grad_norm")]
         figures += [f"val {name} {value:.4g}" for name, value in val.items()]
         say(f"{self.stage} epoch {epoch + 1}/{self.train.epochs}: {', '.join(figures)}")
-        self.totals = {}
+        self.totals, self.epochs_done = {}, epoch + 1
         self.save()
-        if self.step < self.total_steps and self.asked_to_stop():
+        if self.epochs_done < self.train.epochs and self.asked_to_stop():
             self.stop()
         self.window_start = time.perf_counter()  # validation does not count as training time
 
@@ -826,12 +827,14 @@ def read_lines(path: Path) -> list[dict]:
     return lines
 
 
-def keep_lines(path: Path, step: int) -> None:
-    """Drop what an interrupted run measured after its last checkpoint: those steps are about to be taken again."""
+def keep_lines(path: Path, step: int, epochs_done: int) -> None:
+    """Drop what an interrupted run measured after its last checkpoint: it is about to be measured again."""
     if not path.is_file():
         return
     part = path.with_suffix(".part")
-    part.write_text("".join(f"{json.dumps(line)}\n" for line in read_lines(path) if line["step"] <= step))
+    kept = [line for line in read_lines(path)
+            if line["step"] <= step and (line["epoch"] < epochs_done or "val" not in line)]
+    part.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
     os.replace(part, path)
 
 
@@ -859,9 +862,9 @@ def stage_checkpoint(config: types.SimpleNamespace, stage: str, given: str, key:
 def say_if_unfinished(content: dict, path: Path) -> None:
     """Say so when a checkpoint of an earlier stage comes from a run that has not ended."""
     section = content.get("config", {}).get(content.get("stage"))
-    if section and "steps_per_epoch" in content:
+    if section and "epochs_done" in content:
         total = section["iterations"] if "iterations" in section else section["epochs"] * content["steps_per_epoch"]
-        if content["step"] < total:
+        if content["epochs_done"] * content["steps_per_epoch"] < total:
             say(f"note: '{path}' is unfinished, at step {content['step']} of {total}")
 
 

@@ -430,6 +430,29 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     assert same_weights(run.model, whole.model) and losses(run) == losses(whole)
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_a_run_killed_in_validation_repeats_that_and_no_step(tmp_path, written):
+    """`written`: killed after the epoch's line was written, but before the checkpoint that counts it as done."""
+    whole = toy_run(tmp_path / "whole", dropout=0.5)
+    toy_train(whole)
+    run = toy_run(tmp_path / "parts", dropout=0.5, save_every=100)
+
+    def killed(*args, **kwargs):
+        if written:
+            run.write({"epoch": 0, "step": run.step, "train": {"loss": 7.0}, "val": {"score": 7.0}})
+        raise ZeroDivisionError  # stands for kill -9
+
+    run.end_epoch = killed
+    with pytest.raises(ZeroDivisionError):
+        toy_train(run)
+    run = toy_run(tmp_path / "parts", dropout=0.5, save_every=100)
+    assert (run.step, run.epochs_done) == (6, 0)
+    toy_train(run)
+    assert same_weights(run.model, whole.model) and losses(run) == losses(whole)
+    ends = [[line for line in metrics(one) if "val" in line] for one in (run, whole)]
+    assert ends[0] == ends[1] and len(ends[0]) == 2
+
+
 def metrics_steps_on_disk(run) -> list[int]:
     return [json.loads(line)["step"] for line in (run.folder / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
 
@@ -593,10 +616,11 @@ def test_a_folder_that_has_gone(tmp_path):
 
 def test_keep_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    engine.keep_lines(path, 3)  # nothing to do, no error
-    lines = ['{"step": 1}', '{"step": 3, "loss": 0.5}', '{"step": 3, "val": {}}', '{"step": 4}', '{"step": 5, "lo']
+    engine.keep_lines(path, 3, 1)  # nothing to do, no error
+    lines = ['{"epoch": 0, "step": 1}', '{"epoch": 0, "step": 1, "val": {}}', '{"epoch": 1, "step": 3, "loss": 0.5}',
+             '{"epoch": 1, "step": 3, "val": {}}', '{"epoch": 2, "step": 4}', '{"epoch": 2, "step": 5, "lo']
     path.write_text("\n".join(lines))
-    engine.keep_lines(path, 3)
+    engine.keep_lines(path, 3, 1)
     assert path.read_text().splitlines() == lines[:3] and path.read_text().endswith("\n")
     assert list(tmp_path.iterdir()) == [path]
 

@@ -538,13 +538,16 @@ def test_a_training_image_that_cannot_be_read_ends_no_run(home, capfd):
     assert "val/cat/1.png' cannot be read" in refusal("pretrain", home, "broken_val", *given)
 
 
-def test_a_collapsed_tokenizer_is_no_finished_one(home, monkeypatch):
-    """Else the same command would say that it is finished, and pre-training would take it."""
+def test_a_collapsed_tokenizer_is_no_finished_one(home, monkeypatch, capsys):
+    """Else the same command would say that it is finished, and pre-training would take it without a word."""
     figures = tokenizer.CodeUsage.figures
     monkeypatch.setattr(tokenizer.CodeUsage, "figures", lambda usage: figures(usage) | {"perplexity": 1.0})
     for _ in range(2):
         assert "collapsed" in refusal("tokenizer", home, "collapsed")
-    assert torch.load(home / "collapsed/tokenizer/last.pt", weights_only=True)["step"] == 4  # of 8 in an epoch
+    content = torch.load(home / "collapsed/tokenizer/last.pt", weights_only=True)
+    assert (content["step"], content["epochs_done"]) == (8, 0)
+    engine.say_if_unfinished(content, "last.pt")
+    assert "'last.pt' is unfinished" in capsys.readouterr().out
 
 
 # --- mistakes: one clear sentence each --------------------------------------------------------------------------
