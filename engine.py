@@ -496,6 +496,8 @@ class Run:
     no generator's state, and an interrupted run ends exactly where an uninterrupted one does.
     """
 
+    PROGRESS = ("step", "epochs_done", "window", "totals", "best")  # what a checkpoint says of how far the run is
+
     def __init__(self, stage: str, config: types.SimpleNamespace, train: OptimizerConfig):
         self.stage, self.config, self.train = stage, config, train
         # finetune's modes, and runs from scratch, have stages of their own.
@@ -581,8 +583,7 @@ class Run:
         self.waited = 0.0  # seconds spent waiting for data in this window
 
     def resume(self, state: dict) -> None:
-        counters = ("step", "epochs_done", "window", "totals", "best")
-        needed = {"config", "steps_per_epoch", "scaler", *counters, *self.parts}
+        needed = {"config", "steps_per_epoch", "scaler", *self.PROGRESS, *self.parts}
         if missing := needed - state.keys():
             raise UserError(f"'{self.checkpoint_file}' is no checkpoint of this stage (it lacks "
                             f"{', '.join(sorted(missing))}): move it away, or choose another output_dir")
@@ -608,7 +609,8 @@ class Run:
                                 f"data set to continue, or start anew with another output_dir") from error
         if state["scaler"]:  # empty if that part of the run needed none
             self.precision.scaler.load_state_dict(state["scaler"])
-        self.step, self.epochs_done, self.window, self.totals, self.best = (state[key] for key in counters)
+        for name in self.PROGRESS:
+            setattr(self, name, state[name])
         if self.epochs_done < self.train.epochs:
             say(f"{self.stage}: going on from step {self.step} of {self.total_steps}")
 
@@ -617,9 +619,9 @@ class Run:
         if rank() == 0:
             state = {key: part.state_dict() for key, part in self.parts.items()}
             state |= self.notes
-            state |= dict(scaler=self.precision.scaler.state_dict(), step=self.step,
-                          epochs_done=self.epochs_done, window=self.window, totals=self.totals, best=self.best,
-                          steps_per_epoch=self.steps_per_epoch, stage=self.stage, config=as_dict(self.config))
+            state |= {name: getattr(self, name) for name in self.PROGRESS}
+            state |= dict(scaler=self.precision.scaler.state_dict(), steps_per_epoch=self.steps_per_epoch,
+                          stage=self.stage, config=as_dict(self.config))
             save_atomically(state, self.checkpoint_file)
             if self.board is not None:
                 self.board.flush()
@@ -662,11 +664,11 @@ class Run:
             log = self.step % self.train.log_every == 0 or end_of_epoch
             if log:
                 self.flush(epoch)
+            if (log or world_size() == 1) and self.asked_to_stop():  # asking the other ranks in each step would cost
+                self.stop()
             # Validation may take long, and torchrun grants 30 seconds after Ctrl-C: the epoch is saved before it too.
             if end_of_epoch or (log and self.step - self.saved_step >= self.train.save_every):
                 self.save()
-            if (log or world_size() == 1) and self.asked_to_stop():  # asking the other ranks in each step would cost
-                self.stop()
         self.bar.close()
 
     def micro_batches(self, batches: Iterator[dict]) -> Iterator[dict]:
@@ -783,9 +785,9 @@ class Run:
         figures += [f"val {name} {value:.4g}" for name, value in val.items()]
         say(f"{self.stage} epoch {epoch + 1}/{self.train.epochs}: {', '.join(figures)}")
         self.totals, self.epochs_done = {}, epoch + 1
-        self.save()
         if self.epochs_done < self.train.epochs and self.asked_to_stop():
             self.stop()
+        self.save()
         self.window_start = time.perf_counter()  # validation does not count as training time
 
     def finish(self) -> None:
