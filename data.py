@@ -10,12 +10,16 @@ same for any number of workers, and can continue in the middle of an epoch witho
 
 import functools
 import glob
+import hashlib
 import itertools
+import json
 import math
 import os
+import shutil
 import signal
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -25,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import datasets as tv
 from torchvision.transforms import RandomErasing, RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
 
 import engine
 from engine import Count, Natural, UserError
@@ -42,6 +47,8 @@ class DataConfig:
     root: str = "data"  # folder of the data set: ROOT/{train,val}/CLASS/*.jpg, or where to download to
     download: bool = False  # fetch a named data set that is not in `root`
     image_size: Count = 224  # pixels, square
+    views: Natural = 0  # crops of each image in stages 1 and 2: epoch e takes number e mod views; 0: new ones each epoch
+    cache: str = ""  # with views: folder for what frozen networks say of the crops; empty: OUTPUT_DIR/cache; none: off
     workers: Natural = 8  # loader processes per rank
     train_images: Count = 4000  # `shapes` only: how many to draw for training
     val_images: Count = 1000  # `shapes` only: how many to draw for validation
@@ -395,12 +402,16 @@ class SampleView(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, epoch_and_index: tuple[int, int]) -> dict:
-        # torchvision draws from the default CPU generator: seed it for this sample, and restore it after.
+        epoch, index = epoch_and_index
+        return self.seeded(lambda: self.draw(index), epoch, index)
+
+    def seeded(self, draw, *numbers: int):
+        """What `draw()` gives when torch's default CPU generator, from which torchvision draws, starts at `numbers`."""
         # `torch.manual_seed` would reach for the GPU's generators too, which belong to the training loop.
         with torch.random.fork_rng(devices=[]):
-            sample_seed = np.random.SeedSequence((self.seed, *epoch_and_index)).generate_state(1, np.uint64)
+            sample_seed = np.random.SeedSequence((self.seed, *numbers)).generate_state(1, np.uint64)
             torch.default_generator.manual_seed(int(sample_seed[0]))
-            return self.draw(epoch_and_index[1])
+            return draw()
 
     def load(self, index: int):
         return self.dataset.load(index)
@@ -429,23 +440,46 @@ class TrainView(SampleView):
     erase   int64 [5], a box as top, left, height, width (height 0: none), and which noise fills it, see
             erase_boxes                                                  (if erase, a probability, > 0)
     unreadable  "" or the names, one a line, of images that could not be read, in whose place this one came
+    NAME    what the cache `attached[NAME]` holds for this crop            (if views > 0)
+
+    With `views` V > 0, an image has V crops in all: `image` in epoch e is that of epoch e mod V. So what a frozen
+    network says of it can be computed once, see `Cache`. Jitter, mask and erased box are drawn anew in each epoch.
     """
 
     def __init__(self, dataset, seed: int, image_size: int, crop_scale=(0.08, 1.0), jitter=0.0,
-                 num_masked=0, mask_grid=0, min_block=16, rand_augment=False, erase=0.0):
+                 num_masked=0, mask_grid=0, min_block=16, rand_augment=False, erase=0.0, views=0):
         check_num_masked(num_masked, mask_grid)
         if not 0 < crop_scale[0] <= crop_scale[1]:
             raise UserError(f"crop_scale is {list(crop_scale)}, and must be [smallest, largest] share of the image's "
                             f"area, both above 0")
         super().__init__(dataset, seed)
-        self.size = image_size
+        self.size, self.views = image_size, views
+        self.attached: dict[str, Cache] = {}
         self.crop_scale, self.jitter, self.erase = crop_scale, jitter, erase
         self.num_masked, self.mask_grid, self.min_block = num_masked, mask_grid, min_block
         # With 11 bins, magnitude 9 means timm's angles and strengths (`rand-m9-mstd0.5-inc1` without its noise).
         mean_colour = [round(255 * channel) for channel in IMAGENET_MEAN]
         self.rand_augment = v2.RandAugment(2, 9, 11, interpolation=BICUBIC, fill=mean_colour) if rand_augment else None
 
+    def __getitem__(self, epoch_and_index: tuple[int, int]) -> dict:
+        if not self.views:
+            return super().__getitem__(epoch_and_index)
+        epoch, index = epoch_and_index
+        row = epoch % self.views * len(self) + index
+        sample = self.crop(row)
+        anew = self.seeded(lambda: self.draw_rest(sample["image"]), epoch, index, 1)  # 1: other numbers than the crop's
+        return sample | anew | {name: cache[row] for name, cache in self.attached.items()}
+
+    def crop(self, row: int) -> dict:
+        """With `views`: crop number `row` of the views * len(dataset), those of the first view first."""
+        view, index = divmod(row, len(self))
+        return self.seeded(lambda: self.draw_crop(index), view, index)
+
     def draw(self, index: int) -> dict:
+        sample = self.draw_crop(index)
+        return sample | self.draw_rest(sample["image"])
+
+    def draw_crop(self, index: int) -> dict:
         image, index, unreadable = self.load_or_replace(index)
         box = RandomResizedCrop.get_params(image, self.crop_scale, (3 / 4, 4 / 3))
         image = TF.resized_crop(image, *box, [self.size, self.size], BICUBIC)
@@ -453,14 +487,17 @@ class TrainView(SampleView):
             image = TF.horizontal_flip(image)
         if self.rand_augment:
             image = self.rand_augment(image)
-        sample = {"image": TF.pil_to_tensor(image), "label": self.dataset.label(index), "index": index,
-                  "unreadable": unreadable}
+        return {"image": TF.pil_to_tensor(image), "label": self.dataset.label(index), "index": index,
+                "unreadable": unreadable}
+
+    def draw_rest(self, image: torch.Tensor) -> dict:
+        sample = {}
         if self.jitter > 0:
             sample["jitter"] = torch.empty(3).uniform_(max(0.0, 1 - self.jitter), 1 + self.jitter)
         if self.num_masked > 0:
             sample["mask"] = block_mask(self.mask_grid, self.num_masked, self.min_block)
         if self.erase > 0:
-            sample["erase"] = self.erased_box(sample["image"])
+            sample["erase"] = self.erased_box(image)
         return sample
 
     def erased_box(self, image: torch.Tensor) -> torch.Tensor:
@@ -579,13 +616,14 @@ def with_plain_errors(loader: DataLoader):
 
 
 class ValView(Dataset):
-    """view[index]: image uint8 [3, S, S], resized and cropped in the centre; label; index.
+    """view[index]: image uint8 [3, S, S], resized and cropped in the centre; label; index; what `attached` caches hold.
 
     An image that cannot be read is a UserError; without `strict`, for training images, the next one takes its place.
     """
 
     def __init__(self, dataset, image_size: int, strict=True):
         self.dataset, self.size, self.strict = dataset, image_size, strict
+        self.attached: dict[str, Cache] = {}
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -600,7 +638,8 @@ class ValView(Dataset):
         # The usual margin of 256 / 224 around the crop; large inputs leave none, as in the paper's evaluation.
         shorter_side = round(self.size * 256 / 224) if self.size < 384 else self.size
         image = TF.center_crop(TF.resize(image, [shorter_side], BICUBIC), [self.size, self.size])
-        return {"image": TF.pil_to_tensor(image), "label": self.dataset.label(index), "index": index}
+        sample = {"image": TF.pil_to_tensor(image), "label": self.dataset.label(index), "index": index}
+        return sample | {name: cache[index] for name, cache in self.attached.items()}
 
 
 def load_strictly(load, dataset, index: int):
@@ -624,11 +663,11 @@ class ValLoader:
     def __init__(self, view: Dataset, batch_size: int | None, rank=None, world_size=None, workers=0, indices=None):
         rank = engine.rank() if rank is None else rank
         world_size = engine.world_size() if world_size is None else world_size
-        chosen = range(len(view)) if indices is None else indices
-        if len(chosen) < world_size:  # said on every rank, or the others would wait for this one for ever
-            raise UserError(f"{len(chosen)} image(s) to evaluate cannot be shared by {world_size} processes: use fewer "
+        self.chosen = range(len(view)) if indices is None else indices
+        if len(self.chosen) < world_size:  # said on every rank, or the others would wait for this one for ever
+            raise UserError(f"{len(self.chosen)} image(s) to evaluate cannot be shared by {world_size} processes: use fewer "
                             f"processes, or add validation images")
-        mine = chosen[rank::world_size]
+        mine = self.chosen[rank::world_size]
         self.loader = DataLoader(view, batch_size, sampler=mine, **loader_options(workers))
 
     def __len__(self) -> int:
@@ -639,7 +678,121 @@ class ValLoader:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Act 6: on the device, a whole batch at once, and never a wait for it.
+# Act 6: what a frozen network says of images that never change, computed once.
+# ---------------------------------------------------------------------------------------------------------
+
+
+class FixedCrops(Dataset):
+    """All crops of a TrainView with `views` > 0, one after the other."""
+
+    def __init__(self, view: TrainView):
+        self.view = view
+        self.attached: dict[str, Cache] = {}
+
+    def __len__(self) -> int:
+        return self.view.views * len(self.view)
+
+    def __getitem__(self, row: int) -> dict:
+        return self.view.crop(row) | {name: cache[row] for name, cache in self.attached.items()}
+
+
+class Cache:
+    """One value for each image of a data set that never changes, in a memory-mapped file that all ranks share.
+
+    A frozen teacher says the same of the same crop each time, and takes longer to say it than a small student takes to
+    learn from it. So it is asked once. cache[row] is the value of one image, a tensor of this `shape` on the CPU.
+
+    folder   FOLDER/NAME-DIGEST receives values.npy, done.npy and about.json. The digest is that of `about`, of the number
+             of images and of some of their pixels: other images, crops, seeds, sizes or networks have another folder.
+    images   Dataset of {"image": uint8 [3, S, S]}
+    about    what else the values depend on, in plain values
+    empty    fills the file before the values come, so that a full disk shows at once and not in the middle
+    """
+
+    def __init__(self, folder: Path, name: str, images: Dataset, about: dict, shape: tuple[int, ...], dtype: str):
+        self.images = images
+        rows = torch.linspace(0, len(images) - 1, min(64, len(images))).long().tolist()
+        pixels = hashlib.sha256(b"".join(images[row]["image"].numpy().tobytes() for row in rows)).hexdigest()
+        self.about = about | {"images": len(images), "pixels": pixels, "shape": list(shape), "dtype": dtype}
+        digest = hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()[:8]
+        self.folder = Path(folder) / f"{name}-{digest}"
+        engine.on_main(lambda: self.make((len(images), *shape), dtype))
+        self.open()
+
+    def open(self) -> None:
+        self.values = np.load(self.folder / "values.npy", mmap_mode="r+")
+        self.done = np.load(self.folder / "done.npy", mmap_mode="r+")
+
+    def __getstate__(self) -> dict:  # a loader's worker that is not forked opens the files itself
+        return {name: value for name, value in vars(self).items() if name not in ("values", "done")}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self.open()
+
+    def make(self, shape: tuple[int, ...], dtype: str) -> None:
+        """Make the files, unless they are there and whole."""
+        if self.folder.exists():
+            try:
+                values, done = (np.load(self.folder / name, mmap_mode="r") for name in ("values.npy", "done.npy"))
+                if (values.shape, values.dtype, done.shape) == (shape, np.dtype(dtype), shape[:1]) \
+                        and json.loads((self.folder / "about.json").read_text()) == self.about:
+                    return
+            except (OSError, ValueError):  # a missing, truncated or foreign file
+                pass
+            engine.say(f"note: '{self.folder}' is damaged, and is made anew")
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        engine.say(f"cache of {shape[0]} images, {size / 2**20:,.0f} MiB: {self.folder}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "about.json").write_text(json.dumps(self.about, indent=1))
+            # Written, not only reserved: a memory-mapped file that finds the disk full kills the process.
+            for name, rows, kind in (("values.npy", shape, dtype), ("done.npy", shape[:1], "bool")):
+                with open(self.folder / name, "wb") as file:
+                    header = dict(shape=rows, fortran_order=False, descr=np.lib.format.dtype_to_descr(np.dtype(kind)))
+                    np.lib.format.write_array_header_1_0(file, header)
+                    bytes_left = math.prod(rows) * np.dtype(kind).itemsize
+                    while bytes_left:
+                        bytes_left -= file.write(bytes(min(bytes_left, 2**24)))
+        except OSError as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise UserError(f"cannot write the cache '{self.folder}' of {size / 2**20:,.0f} MiB ({error.strerror}): free "
+                            f"some space, set data.cache=FOLDER to one on another disk, or set data.cache=none to "
+                            f"compute the values anew in each epoch") from error
+
+    def fill(self, compute, batch_size: int, device: torch.device, workers: int, title: str) -> "Cache":
+        """Compute what is missing: `compute` takes a batch of `images`, on the device, and returns [B, *shape].
+
+        Ranks share the work. If interrupted, it goes on where it was. Values come in blocks of `batch_size` rows that
+        are computed together, so that they are the same to the bit however often that happened.
+        """
+        blocks = range(0, len(self.done), batch_size)
+        missing = [range(first, min(first + batch_size, len(self.done))) for first in blocks
+                   if not self.done[first:first + batch_size].all()]
+        mine = missing[engine.rank()::engine.world_size()]
+        loader = DataLoader(self.images, batch_sampler=mine, **loader_options(workers))
+        bar = tqdm(with_plain_errors(loader), desc=title, total=len(mine), leave=False, dynamic_ncols=True,
+                   disable=None if engine.rank() == 0 else True)
+        for rows, batch in zip(mine, bar):
+            batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+            self.values[rows.start:rows.stop] = compute(batch).cpu().numpy()
+            self.done[rows.start:rows.stop] = True
+        engine.on_main(lambda: None)  # wait for all ranks
+        return self
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        return torch.from_numpy(np.array(self.values[row]))
+
+
+def cache_folder(config) -> Path | None:
+    """Where the run's caches lie; None if it has none."""
+    if not config.data.views or config.data.cache == "none":
+        return None
+    return Path(config.data.cache or Path(config.output_dir) / "cache")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Act 7: on the device, a whole batch at once, and never a wait for it.
 # ---------------------------------------------------------------------------------------------------------
 
 

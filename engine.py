@@ -136,7 +136,7 @@ class TrainConfig(OptimizerConfig):
 
 
 # A run may go on with other values of these: they change its speed or its place, and its result by rounding only.
-FREE_TO_CHANGE = {"output_dir", "device", "precision", "compile", "root", "download", "workers", "device_batch_size",
+FREE_TO_CHANGE = {"output_dir", "device", "precision", "compile", "root", "download", "cache", "workers", "device_batch_size",
                   "save_every", "checkpoint_activations", "eval_only", "overlays"}
 
 
@@ -300,6 +300,8 @@ def setup_distributed(device: str = "auto") -> torch.device:
         torch.cuda.set_device(local_rank)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     else:
+        # The switch acts on CPUs too, in spite of its name. Their flash kernel is slow backwards on short sequences.
+        torch.backends.cuda.enable_flash_sdp(False)
         torch.set_num_threads(max(1, cores() // local_world))  # torchrun gives each process one thread: share all out
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if use_cuda else "gloo")
@@ -573,14 +575,17 @@ class Run:
             keep_lines(self.folder / "metrics.jsonl", self.step, self.epochs_done)
         if self.epochs_done >= self.train.epochs:
             say(f"{self.stage}: finished already; its figures are in {self.folder / 'metrics.jsonl'}")
-        if rank() == 0:
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(as_dict(self.config), sort_keys=False))
+        self.write_config()
         if rank() == 0:
             self.board = open_board(self.folder, self.step)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.request_stop)
         self.saved_step, self.window_start = self.step, time.perf_counter()
         self.waited = 0.0  # seconds spent waiting for data in this window
+
+    def write_config(self) -> None:
+        if rank() == 0:
+            (self.folder / "config.yaml").write_text(yaml.safe_dump(as_dict(self.config), sort_keys=False))
 
     def resume(self, state: dict) -> None:
         needed = {"config", "steps_per_epoch", "scaler", *self.PROGRESS, *self.parts}
@@ -771,6 +776,13 @@ class Run:
                 for name, value in values.items():
                     if isinstance(value, float):
                         self.board.add_scalar(f"{part}/{name}", value, line["step"])
+
+    def write_alone(self, val: dict[str, float]) -> None:
+        """For a stage that takes no steps: its configuration and figures, in place of earlier ones."""
+        on_main(lambda: keep_lines(self.folder / "metrics.jsonl", step=-1, epochs_done=0))
+        self.write_config()
+        self.write({"epoch": 0, "step": 0, "val": val})
+        say(f"{self.stage}: {', '.join(f'{name} {value:.4g}' for name, value in val.items())}")
 
     def picture(self, name: str, pixels: Any) -> None:
         """Show TensorBoard, if there is one, a uint8 array [H, W, 3]."""

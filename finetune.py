@@ -186,9 +186,7 @@ def knn(config) -> None:
     bank, queries = frozen_features(run, model, train_set, strict=False), frozen_features(run, model, val_set)
     figures = {kind: engine.knn_accuracy(bank[kind], bank["labels"], queries[kind], queries["labels"],
                                          config.finetune.knn_k) for kind in ("cls", "mean")}
-    engine.on_main(lambda: engine.keep_lines(run.folder / "metrics.jsonl", step=-1, epochs_done=0))
-    run.write({"epoch": 0, "step": 0, "val": figures})
-    engine.say(f"k-NN accuracy: [CLS] {figures['cls']:.4f}, mean patch {figures['mean']:.4f}")
+    run.write_alone(figures)
 
 
 class LinearProbes(nn.Module):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch import nn
 
 import data
 import engine
@@ -68,7 +69,9 @@ def main() -> None:
     optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay), cfg)
 
     view = data.TrainView(train_set, config.seed, size, cfg.crop_scale, cfg.jitter, cfg.num_masked, model.grid,
-                          cfg.min_block)
+                          cfg.min_block, views=config.data.views)
+    if data.cache_folder(config):
+        view.attached["codes"] = vqkd.cached_codes(run, tokenizer, view)
     loader = data.TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
     run.begin(loader, read_checkpoint, model=model, optimizer=optimizer)
     lr = engine.cosine_schedule(cfg.lr, cfg.min_lr, cfg.epochs, run.steps_per_epoch, cfg.warmup_epochs)
@@ -84,7 +87,8 @@ def main() -> None:
                     images = data.color_jitter(images, batch["jitter"])
                 masked = masked_positions(batch["mask"], cfg.num_masked)  # [B, M]
                 with run.autocast():
-                    codes = tokenizer.token_ids(images).gather(1, masked)  # [B, M], what the masked patches hide
+                    codes = codes_of(tokenizer, batch, images, config.data.views)
+                    codes = codes.gather(1, masked)  # [B, M], what the masked patches hide
                     logits, head_logits = parallel(data.normalize(images), masked)  # [B, M, K] each
                 loss, accuracy = cross_entropy(logits, codes)
                 run.record(mim_loss=loss, mim_accuracy=accuracy)
@@ -101,6 +105,17 @@ def main() -> None:
         pulse = cfg.knn_every and ((epoch + 1) % cfg.knn_every == 0 or last)
         run.end_epoch(epoch, train={}, val=knn_pulse(run, model, train_set, val_set) if pulse else {})
     run.finish()
+
+
+def codes_of(tokenizer: nn.Module, batch: dict, images: torch.Tensor, views: int) -> torch.Tensor:
+    """The codes [B, N] of a batch: those that came along from a cache, or new ones.
+
+    images   the batch after colour jitter. With fixed views the tokenizer sees the crop without it: else its codes,
+             which are computed once, would not be those of the next epoch.
+    """
+    if "codes" in batch:
+        return batch["codes"].long()
+    return tokenizer.token_ids(data.to_unit(batch["image"]) if views else images)
 
 
 def build_model(config) -> MaskedImageModel:

@@ -12,6 +12,7 @@ the teacher finds worth knowing: parts and meanings, where a pixel loss would ha
 Writes OUTPUT_DIR/tokenizer/{last.pt, metrics.jsonl, config.yaml}.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,9 @@ class TokenizerConfig(engine.TrainConfig):
     betas: tuple[Share, Share] = (0.9, 0.99)
     weight_decay: Amount = 1e-4
     teacher: Literal["clip_vitb16", "dino_vits16", "dino_vitb16", "dinov2_vits14", "dinov2_vitb14",
-                     "dinov2_vits14_reg", "dinov2_vitb14_reg", "hog", "beitv2"] = "clip_vitb16"  # see open_teacher
+                     "dinov2_vits14_reg", "dinov2_vitb14_reg", "hog", "pixels", "beitv2"] = "clip_vitb16"  # Act 1
     teacher_weights: str = ""  # path of the teacher's weights; empty: its public URL. `beitv2` needs one of ours
+    encoder: Literal["vqkd", "teacher"] = "vqkd"  # teacher: no VQ-KD, but k-means of the teacher's own features
     size: Literal["tiny", "small", "base", "large"] = "base"  # of the encoder; the three below override it
     embed_dim: Count | None = None  # width of encoder and decoder
     depth: Count | None = None  # blocks of the encoder
@@ -136,6 +138,23 @@ class HOG(nn.Module):
         return patches.flatten(2).transpose(1, 2)
 
 
+class Pixels(nn.Module):
+    """The patch itself, the target of MAE (arXiv 2111.06377): its pixels, scaled to mean 0 and variance 1.
+
+    Without that scaling the brightness of a patch would be most of what there is to say.
+    Images in [0,1], [B, 3, S, S] -> [B, N, 3 * P * P].
+    """
+
+    def __init__(self, patch_size: int):
+        super().__init__()
+        self.patch_size, self.output_dim = patch_size, 3 * patch_size**2
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        patches = F.pixel_unshuffle(images.float(), self.patch_size).flatten(2).transpose(1, 2)
+        return F.layer_norm(patches, patches.shape[-1:], eps=1e-3)
+
+
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{0}/{0}{1}_pretrain.pth"
 # name: where its weights are published, the SHA-256 if known, and what `VisionTransformer` must be for it
 TEACHERS = {
@@ -192,8 +211,8 @@ def open_teacher(config) -> nn.Module:
     """The teacher that `tokenizer.teacher` names, its patch grid that of the tokenizer. Raises UserError."""
     name, weights = config.tokenizer.teacher, config.tokenizer.teacher_weights
     grid = config.data.image_size // config.model.patch_size
-    if name == "hog":
-        return HOG(config.model.patch_size)
+    if name in ("hog", "pixels"):
+        return {"hog": HOG, "pixels": Pixels}[name](config.model.patch_size)
     if name == "beitv2":  # one of our own checkpoints, which says what its backbone is
         if not weights:
             raise UserError("the teacher 'beitv2' needs a pre-trained checkpoint: set tokenizer.teacher_weights=PATH")
@@ -408,7 +427,7 @@ class VQKD(nn.Module):
         super().__init__()
         self.encoder = PatchTransformer(image_size=image_size, patch_size=patch_size, **encoder)
         # The decoder's "image" is the grid of codes, each a patch of one "pixel" with D channels.
-        self.grid = self.encoder.grid
+        self.grid, self.patch_size = self.encoder.grid, patch_size
         self.decoder = PatchTransformer(image_size=self.grid, patch_size=1, in_channels=codebook_dim, **decoder)
         width, decoder_width = encoder["embed_dim"], decoder["embed_dim"]
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, codebook_dim))
@@ -454,10 +473,46 @@ def build_vqkd(config, teacher_dim: int) -> VQKD:
                 c.codebook_size, c.codebook_dim, teacher_dim, c.ema_decay, c.commitment_beta, c.revive_below)
 
 
-def load_tokenizer(config, weights: str, key: str) -> VQKD:
+class TeacherTokenizer(nn.Module):
+    """No VQ-KD, but the question that everyone asks of it: why not cluster the teacher's features themselves?
+
+    The code of a patch is the nearest of K means of the frozen teacher's features (`tokenizer.encoder: teacher`). No
+    encoder and no decoder is trained, so codes cost a pass through the teacher: they want `data.views`. It shows how
+    much K words can say at best, and VQ-KD's small encoder can come close to it or not.
+    """
+
+    may_be_fresh = ("teacher.", "quantize.running_count")  # checkpoints hold the codebook alone
+
+    def __init__(self, teacher: nn.Module, grid: int, codebook_size: int):
+        super().__init__()
+        self.teacher, self.grid, self.patch_size = teacher, grid, teacher.patch_size
+        self.quantize = Quantizer(codebook_size, teacher.output_dim)
+
+    @torch.no_grad()
+    def token_ids(self, images: Tensor) -> Tensor:
+        """Images in [0,1], [B, 3, S, S] -> the code of each patch, row by row, int64 [B, N]."""
+        return self.quantize(self.teacher(images))[1]
+
+    def forward(self, images: Tensor, teacher_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As VQKD.forward. What a decoder would predict is the code itself, which is a mean of features."""
+        codes, ids, commitment_loss = self.quantize(teacher_features)
+        return 1 - F.cosine_similarity(codes, teacher_features.float(), dim=-1).mean(), commitment_loss, ids
+
+
+def build_teacher_tokenizer(config, teacher: nn.Module) -> TeacherTokenizer:
+    return TeacherTokenizer(teacher, config.data.image_size // config.model.patch_size, config.tokenizer.codebook_size)
+
+
+def load_tokenizer(config, weights: str, key: str) -> "VQKD | TeacherTokenizer":
     """A trained tokenizer, frozen: from `weights` (path or URL), or from this experiment's own stage 1."""
     path = engine.stage_checkpoint(config, "tokenizer", weights, key)
     content = read_model(path, "tokenizer", config.tokenizer)
+    if config.tokenizer.encoder == "teacher":
+        model = build_teacher_tokenizer(config, open_teacher(config))
+        load_pretrained(model, content, source=str(path))
+        engine.say(f"codes: the nearest of {config.tokenizer.codebook_size} means of {config.tokenizer.teacher}'s "
+                   f"features, from {path}")
+        return model.requires_grad_(False).eval()
     engine.say_if_unfinished(content, path)
     # Whose features it learned, and with how deep a decoder, does not matter any more: the file knows.
     state = model_state(content, str(path))
@@ -485,12 +540,24 @@ def train(config) -> None:
     run = engine.Run("tokenizer", config, cfg)
 
     train_set, val_set = data.open_datasets(config.data)
-    view = data.TrainView(train_set, config.seed, config.data.image_size, crop_scale=cfg.crop_scale)
-    loader = data.TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
-    val_loader = data.ValLoader(data.ValView(val_set, config.data.image_size), run.device_batch,
-                                workers=config.data.workers)
-
     teacher = open_teacher(config).to(run.device)
+    view = data.TrainView(train_set, config.seed, config.data.image_size, cfg.crop_scale, views=config.data.views)
+    val_view = data.ValView(val_set, config.data.image_size)
+    if data.cache_folder(config):
+        view.attached["features"] = cached_features(run, teacher, data.FixedCrops(view), "training crops")
+        val_view.attached["features"] = cached_features(run, teacher, val_view, "validation images")
+    loader = data.TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
+    val_loader = data.ValLoader(val_view, run.device_batch, workers=config.data.workers)
+    bank_loader = open_bank(run, train_set)
+
+    if cfg.encoder == "teacher":
+        model = build_teacher_tokenizer(config, teacher).to(run.device)
+        cluster_features(run, model, loader)
+        val = evaluate(run, model, teacher, val_loader, bank_loader)
+        run.save_model("last.pt", nn.ModuleDict({"quantize": model.quantize}), val)
+        run.write_alone(val)
+        return
+
     model = build_vqkd(config, teacher.output_dim).to(run.device)
     parallel = run.prepare(model)
     optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay), cfg)
@@ -508,7 +575,7 @@ def train(config) -> None:
             for batch in micro_batches:
                 images = data.to_unit(batch["image"])  # [B, 3, S, S] in [0,1]
                 with run.autocast():
-                    features = teacher(images)
+                    features = features_of(teacher, batch)
                     cosine_loss, commitment_loss, _ = parallel(images, features)
                     loss = cosine_loss + commitment_loss
                 run.backward(loss)
@@ -520,10 +587,75 @@ def train(config) -> None:
 
         train_usage = usage.figures()
         usage.counts.zero_()
-        val = evaluate(run, model, teacher, val_loader)
+        val = evaluate(run, model, teacher, val_loader, bank_loader)
         check_collapse(train_usage["perplexity"], epoch, cfg)  # before this epoch is saved, and counts as done
         run.end_epoch(epoch, train=train_usage, val=val)
     run.finish()
+
+
+CACHE_BATCH = 128  # images of one pass through a frozen network that fills a cache
+
+
+@torch.no_grad()
+def cached_features(run: engine.Run, teacher: nn.Module, images, title: str) -> data.Cache:
+    """The teacher's features of images that never change, [N, teacher_dim] for each, in half precision."""
+    config, grid = run.config, run.config.data.image_size // run.config.model.patch_size
+    about = dict(teacher=config.tokenizer.teacher, weights=digest(teacher), grid=grid, precision=run.precision.name)
+    cache = data.Cache(data.cache_folder(config), "features", images, about, (grid**2, teacher.output_dim), "float16")
+
+    def compute(batch: dict) -> Tensor:
+        with run.autocast():
+            return teacher(data.to_unit(batch["image"])).half()
+
+    return cache.fill(compute, CACHE_BATCH, run.device, config.data.workers, f"teacher's features of {title}")
+
+
+@torch.no_grad()
+def cached_codes(run: engine.Run, tokenizer: VQKD | TeacherTokenizer, view: data.TrainView) -> data.Cache:
+    """The frozen tokenizer's codes of all crops of `view`, [N] for each.
+
+    k-means codes of a teacher come from its features, which stage 1 has left in the cache if the crops are the same.
+    """
+    config = run.config
+    about = dict(tokenizer=digest(tokenizer), precision=run.precision.name)
+    crops = data.FixedCrops(view)
+    cache = data.Cache(data.cache_folder(config), "codes", crops, about, (tokenizer.grid**2,), "int32")
+    if isinstance(tokenizer, TeacherTokenizer) and not cache.done.all():
+        crops.attached["features"] = cached_features(run, tokenizer.teacher, crops, "training crops")
+
+    def compute(batch: dict) -> Tensor:
+        with run.autocast():
+            if "features" in batch:
+                return tokenizer.quantize(batch["features"].float())[1].int()
+            return tokenizer.token_ids(data.to_unit(batch["image"])).int()
+
+    return cache.fill(compute, CACHE_BATCH, run.device, config.data.workers, "codes of training crops")
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 of a model's weights."""
+    return hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values())).hexdigest()
+
+
+def features_of(teacher: nn.Module, batch: dict) -> Tensor:
+    """The teacher's features [B, N, teacher_dim] of a batch: those that came along from a cache, or new ones."""
+    if "features" in batch:
+        return batch["features"].float()
+    return teacher(data.to_unit(batch["image"]))
+
+
+@torch.no_grad()
+def cluster_features(run: engine.Run, model: TeacherTokenizer, loader: data.TrainLoader) -> None:
+    """k-means of the teacher's features, on random patches of the training images: about a hundred for each code."""
+    images = loader.batches_per_epoch * run.device_batch * engine.world_size()
+    patches = min(model.grid**2, math.ceil(100 * run.config.tokenizer.codebook_size / images))  # of each image
+    generator, z = torch.Generator().manual_seed(run.config.seed), []
+    for batch in loader.epoch(0):
+        with run.autocast():
+            features = features_of(model.teacher, {key: batch[key].to(run.device) for key in batch})
+        z.append(features[:, torch.randperm(model.grid**2, generator=generator)[:patches]])
+    z = engine.gather_in_order(torch.cat(z)).flatten(0, 1)
+    model.quantize.init_from(z, seed=run.config.seed, iterations=20)
 
 
 @torch.no_grad()
@@ -540,7 +672,7 @@ def start_from_first_batch(run: engine.Run, model: VQKD, teacher: nn.Module) -> 
         images = data.to_unit(batch["image"])
         with run.autocast():
             z.append(model.encode(images))  # [B, N, D]
-            features = teacher(images)
+            features = features_of(teacher, batch)
         total = total + F.normalize(features.float(), dim=-1).sum(dim=(0, 1))  # [teacher_dim]
     if cfg.kmeans_init:
         model.quantize.init_from(engine.gather_in_order(torch.cat(z)).flatten(0, 1), seed=run.config.seed)
@@ -551,20 +683,53 @@ def start_from_first_batch(run: engine.Run, model: VQKD, teacher: nn.Module) -> 
 
 
 @torch.no_grad()
-def evaluate(run: engine.Run, model: VQKD, teacher: nn.Module, loader) -> dict[str, float]:
-    """Cosine loss, usage and perplexity over the validation images, each counted once."""
+def evaluate(run: engine.Run, model: VQKD | TeacherTokenizer, teacher: nn.Module, loader, bank_loader) -> dict:
+    """Figures of the validation images, each counted once: cosine loss, usage, perplexity, and bag_knn.
+
+    bag_knn is the one that says whether codes mean anything. An image becomes the bag of its codes, without their
+    order, and k-NN guesses its class from the training images with the most similar bags. The loss may be low and all
+    codes in use though they tell nothing but brightness: then this share stays near chance. Labels serve only here.
+    """
     model.eval()
-    usage = CodeUsage(model.quantize.embedding.num_embeddings, run.device)
-    total = torch.zeros(2, dtype=torch.float64, device=run.device)  # sum of losses, number of images
-    for batch in loader:
-        images = data.to_unit(batch["image"].to(run.device, non_blocking=True))
+    codebook_size = model.quantize.embedding.num_embeddings
+    bank, bank_labels = [], []
+    for batch in bank_loader:
         with run.autocast():
-            cosine_loss, _, ids = model(images, teacher(images))
-        total += torch.stack([cosine_loss.double() * len(images), torch.tensor(float(len(images)), device=run.device)])
-        usage.add(ids.flatten().bincount(minlength=len(usage.counts)))
-    engine.all_reduce_sum(total)
+            ids = model.token_ids(data.to_unit(batch["image"].to(run.device, non_blocking=True)))
+        bank.append(bag_of_codes(ids, codebook_size))
+        bank_labels.append(batch["label"].to(run.device))
+    bank, bank_labels = (engine.gather_in_order(torch.cat(part), len(bank_loader.chosen))
+                         for part in (bank, bank_labels))
+
+    usage = CodeUsage(codebook_size, run.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # of the losses, of the k-NN's hits, of images
+    for batch in loader:
+        batch = {key: value.to(run.device, non_blocking=True) for key, value in batch.items()}
+        images = data.to_unit(batch["image"])
+        with run.autocast():
+            cosine_loss, _, ids = model(images, features_of(teacher, batch))
+        accuracy = engine.knn_accuracy(bank, bank_labels, bag_of_codes(ids, codebook_size), batch["label"])
+        sums += torch.tensor([cosine_loss.item(), accuracy, 1.0], device=run.device) * len(images)
+        usage.add(ids.flatten().bincount(minlength=codebook_size))
+    loss, hits, count = engine.all_reduce_sum(sums).tolist()
     engine.all_reduce_sum(usage.counts)
-    return {"cosine_loss": (total[0] / total[1]).item(), **usage.figures()}
+    return {"cosine_loss": loss / count, **usage.figures(), "bag_knn": hits / count}
+
+
+def bag_of_codes(ids: Tensor, codebook_size: int) -> Tensor:
+    """Codes [B, N] -> the square root of how often each occurs, [B, K]: so that a few frequent codes do not decide."""
+    ones = torch.ones_like(ids, dtype=torch.float32)
+    return torch.zeros(len(ids), codebook_size, device=ids.device).scatter_add_(1, ids, ones).sqrt()
+
+
+def open_bank(run: engine.Run, train_set) -> data.ValLoader:
+    """Evenly chosen training images, cropped as for validation, that bag_knn compares with."""
+    chosen = torch.linspace(0, len(train_set) - 1, min(BANK_IMAGES, len(train_set))).long().tolist()
+    view = data.ValView(train_set, run.config.data.image_size, strict=False)
+    return data.ValLoader(view, run.device_batch, workers=run.config.data.workers, indices=chosen)
+
+
+BANK_IMAGES = 2000
 
 
 def check_collapse(train_perplexity: float, epoch: int, cfg: TokenizerConfig) -> None:
