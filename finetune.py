@@ -432,13 +432,19 @@ def open_val_loader(run: engine.Run, dataset, strict=True) -> data.ValLoader:
     return data.ValLoader(view, run.device_batch, workers=run.config.data.workers)
 
 
+def last_figure(folder: Path, name: str) -> float | None:
+    """The last validation figure of that name in a stage's metrics.jsonl, if there is one."""
+    path = folder / "metrics.jsonl"
+    lines = engine.read_lines(path) if path.is_file() else []
+    values = [line["val"][name] for line in lines if name in line.get("val", {})]
+    return values[-1] if values else None
+
+
 def results(config) -> list[tuple[str, str, str]]:
     """What has been measured in OUTPUT_DIR: (title, with an untrained backbone, with the pre-trained one)."""
     def figure(folder: str, name: str) -> str:
-        path = Path(config.output_dir) / folder / "metrics.jsonl"
-        lines = engine.read_lines(path) if path.is_file() else []
-        values = [line["val"][name] for line in lines if name in line.get("val", {})]
-        return f"{100 * values[-1]:.1f} %" if values else "-"
+        value = last_figure(Path(config.output_dir) / folder, name)
+        return "-" if value is None else f"{100 * value:.1f} %"
 
     rows = [("k-NN, [CLS]", "knn", "cls"), ("k-NN, mean patch", "knn", "mean"),
             ("linear probe, [CLS]", "linear_probe", "cls"), ("linear probe, mean patch", "linear_probe", "mean"),

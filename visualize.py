@@ -2,7 +2,7 @@
 
     python visualize.py configs/demo.yaml                            # everything that the run has so far
     python visualize.py configs/demo.yaml visualize.codes=[3,17,42]  # chosen codes instead of the most used ones
-    python visualize.py runs/a runs/b                             # curves of several runs in one: runs/a/compare.html
+    python visualize.py runs/a runs/b runs/c                         # a table and the curves of runs: runs/a/compare.html
 
 Functions come in pairs: one computes numbers (which patch has which code, which token attends to which), one draws
 them. What a run lacks is left out, with a line that says which command adds it.
@@ -14,14 +14,16 @@ import dataclasses
 import html
 import io
 import math
+import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
@@ -723,16 +725,99 @@ def report(config) -> Path:
     return path
 
 
+# title of a column, the stages that may have measured it (the first one that has), its name there, its unit
+FIGURES = (("cosine loss", ("tokenizer",), "cosine_loss", 1), ("perplexity", ("tokenizer",), "perplexity", 1),
+           ("bag of codes, k-NN %", ("tokenizer",), "bag_knn", 100),
+           ("k-NN [CLS] %", ("knn", "pretrain"), ("cls", "knn_cls"), 100),
+           ("k-NN mean %", ("knn", "pretrain"), ("mean", "knn_mean"), 100),
+           ("probe [CLS] %", ("linear_probe",), "cls", 100), ("probe mean %", ("linear_probe",), "mean", 100),
+           ("fine-tuning %", ("finetune",), "top1", 100), ("scratch %", ("finetune_scratch",), "top1", 100))
+
+
+def figures_of(folder: Path) -> dict[str, float]:
+    """The last value of each of FIGURES that a run has measured, by title."""
+    found = {}
+    for title, stages, names, unit in FIGURES:
+        for stage, name in zip(stages, [names] if isinstance(names, str) else names):
+            value = finetune.last_figure(folder / stage, name)
+            if value is not None and title not in found:
+                found[title] = unit * value
+    return found
+
+
+def options_of(folder: Path) -> dict[str, Any]:
+    """The options of a run, {"section.key": value}, each section as the stage of that name was run with."""
+    files = {path.parent.name: yaml.safe_load(path.read_text()) for path in sorted(folder.glob("*/config.yaml"))}
+    options = {}
+    for stage in [*reversed(files), *(name for name in engine.SECTIONS if name in files)]:  # a section's own stage last
+        for section, values in files[stage].items():
+            for key, value in values.items() if isinstance(values, dict) else ((None, values),):
+                if key not in (*engine.FREE_TO_CHANGE, "mode", "weights"):
+                    options[f"{section}.{key}" if key else section] = value
+    return {key: value for key, value in options.items() if key not in engine.FREE_TO_CHANGE}
+
+
+def group_runs(folders: list[Path]) -> dict[str, list[Path]]:
+    """Runs that differ in nothing but their seed, and in where the files lie that they began with, under one name.
+
+    The name tells the options in which the runs differ. Where that is not enough (two runs with the same seed), it is
+    the folder's.
+    """
+    options = {folder: options_of(folder) for folder in folders}
+    paths = ("seed", "pretrain.tokenizer_weights", "tokenizer.teacher_weights", "data.root")
+    keys = sorted({key for values in options.values() for key in values} - set(paths))
+    keys = [key for key in keys if len({repr(values[key]) for values in options.values() if key in values}) > 1]
+    groups: dict[str, list[Path]] = {}
+    for folder, values in options.items():
+        name = ", ".join(f"{key}={values[key]}" for key in keys if key in values) or "all alike"
+        groups.setdefault(name, []).append(folder)
+    for name, members in list(groups.items()):
+        seeds = [options[folder].get("seed") for folder in members]
+        if len(set(seeds)) < len(seeds):
+            del groups[name]
+            groups |= {f"{folder}" + (f" ({name})" if keys else ""): [folder] for folder in members}
+    return groups
+
+
+def summary(folders: list[Path]) -> list[list[str]]:
+    """A table of runs, its head first: a row for each group of runs, with means and standard deviations over seeds."""
+    groups = {name: [figures_of(folder) for folder in members] for name, members in group_runs(folders).items()}
+    titles = [title for title, *_ in FIGURES if any(title in run for runs in groups.values() for run in runs)]
+    rows = [["runs that differ in", "seeds", *titles]]
+    for name, runs in groups.items():
+        row = [name, str(len(runs))]
+        for title in titles:
+            values = [run[title] for run in runs if title in run]
+            text = "-" if not values else f"{statistics.mean(values):.{3 if title == 'cosine loss' else 1}f}"
+            if len(values) > 1:
+                text += f" ± {statistics.stdev(values):.{3 if title == 'cosine loss' else 1}f}"
+            row.append(text + (f" ({len(values)})" if 0 < len(values) < len(runs) else ""))
+        rows.append(row)
+    return rows
+
+
+def as_markdown(rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def as_html(rows: list[list[str]]) -> str:
+    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"
+
+
 def compare(folders: list[Path]) -> Path:
-    """Write FIRST/compare.html: the curves of several runs laid over each other, stage by stage."""
-    sections = []
+    """Print a table of several runs, and write FIRST/compare.html: that table, and their curves, stage by stage."""
+    rows = summary(folders)
+    sections = [("Figures", as_html(rows) + "<p>Mean ± standard deviation over the seeds.</p>")]
     for stage in in_order({path.parent.name for folder in folders for path in folder.glob("*/metrics.jsonl")}):
         having = [folder for folder in folders if (folder / stage / "metrics.jsonl").is_file()]
         runs = {str(folder): read_curves(folder / stage) for folder in having}
         if content := charts(runs):
             sections.append((stage, content))
-    if not sections:
-        raise UserError(f"there are no curves in {', '.join(map(str, folders))}: give the output_dir of runs")
+    if len(rows[0]) == 2 and len(sections) == 1:
+        raise UserError(f"there are no figures or curves in {', '.join(map(str, folders))}: give the output_dir of runs")
+    print(as_markdown(rows))
     path = folders[0] / "compare.html"
     path.write_text(page("BEiT v2: " + ", ".join(map(str, folders)), sections), encoding="utf-8", errors="replace")
     return path
