@@ -1,10 +1,13 @@
 """data.py: what a sample is, that it is reproducible, and what happens when images are missing or broken."""
 
+import errno
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -239,6 +242,119 @@ def test_the_loader_leaves_the_default_generator_alone():
     before = torch.get_rng_state()
     list(loader.epoch(0)), list(data.ValLoader(data.ValView(shapes(), 16), 4))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- fixed views, and what is computed once of them ---------------------------------------------------------------
+
+
+def test_with_views_the_crop_comes_back_and_all_else_is_drawn_anew():
+    view = data.TrainView(shapes(), 3, 16, jitter=0.4, num_masked=6, mask_grid=4, min_block=2, erase=1.0, views=2)
+    first, other, again = view[0, 5], view[1, 5], view[2, 5]
+    assert torch.equal(first["image"], again["image"]) and not torch.equal(first["image"], other["image"])
+    for drawn in ("jitter", "mask", "erase"):
+        assert not torch.equal(first[drawn], again[drawn])
+    assert same(again, view[2, 5])
+    assert torch.equal(first["image"], data.TrainView(shapes(), 3, 16, jitter=0.4)[0, 5]["image"])  # as without views
+    assert torch.equal(other["image"], data.FixedCrops(view)[40 + 5]["image"])
+
+
+def mean_colours(batch: dict) -> torch.Tensor:
+    return batch["image"].float().mean(dim=(2, 3))
+
+
+def make_cache(path: Path, seed=3, compute=mean_colours, **about) -> data.Cache:
+    crops = data.FixedCrops(data.TrainView(shapes(), seed, 16, views=2))
+    cache = data.Cache(path, "colours", crops, {"network": "mean"} | about, (3,), "float32")
+    return cache.fill(compute, 16, torch.device("cpu"), 0, "colours")
+
+
+def refuse(batch: dict):
+    raise AssertionError("computed again")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cached_values_arrive_with_their_sample(tmp_path, workers):
+    view = data.TrainView(shapes(), 3, 16, num_masked=6, mask_grid=4, views=2)
+    view.attached["colours"] = make_cache(tmp_path)
+    loader = data.TrainLoader(view, 8, seed=1, workers=workers)
+    for epoch in (0, 1, 2):
+        for batch in loader.epoch(epoch):
+            assert torch.equal(batch["colours"], mean_colours(batch))
+    val = data.ValView(shapes("val"), 16)
+    val.attached["colours"] = data.Cache(tmp_path, "colours", val, {}, (3,), "float32").fill(
+        mean_colours, 7, torch.device("cpu"), 0, "colours")
+    batch = next(iter(data.ValLoader(val, 8, rank=1, world_size=2)))
+    assert torch.equal(batch["colours"], mean_colours(batch))
+
+
+def test_a_cache_reaches_a_worker_that_is_not_forked(tmp_path):
+    cache = make_cache(tmp_path)
+    assert torch.equal(pickle.loads(pickle.dumps(cache))[7], cache[7]) and len(pickle.dumps(cache)) < 10**6
+
+
+def test_a_cache_is_computed_once_and_goes_on_where_it_was(tmp_path):
+    computed = []
+
+    def interrupted(batch):
+        if len(computed) == 3:
+            raise KeyboardInterrupt
+        computed.append(mean_colours(batch))
+        return computed[-1]
+
+    with pytest.raises(KeyboardInterrupt):
+        make_cache(tmp_path, compute=interrupted)
+    pieces = make_cache(tmp_path, compute=lambda batch: computed.append(None) or mean_colours(batch))
+    assert len(computed) == 5  # 80 crops in blocks of 16, none of them twice
+    whole = make_cache(tmp_path / "whole")
+    assert all(torch.equal(pieces[row], whole[row]) for row in range(80))
+    make_cache(tmp_path, compute=refuse)
+
+
+def test_another_seed_network_or_data_set_has_a_cache_of_its_own(tmp_path):
+    first = make_cache(tmp_path)
+    for other in (make_cache(tmp_path, seed=4), make_cache(tmp_path, network="median")):
+        assert other.folder != first.folder
+    crops = data.FixedCrops(data.TrainView(shapes(size=40), 3, 16, views=2))  # as many images, but others
+    assert data.Cache(tmp_path, "colours", crops, {"network": "mean"}, (3,), "float32").folder != first.folder
+    assert make_cache(tmp_path, compute=refuse).folder == first.folder
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "no text", "missing"])
+def test_a_damaged_cache_is_noticed_and_made_anew(tmp_path, capsys, damage):
+    first = make_cache(tmp_path)
+    values = [first[row] for row in range(80)]
+    file = first.folder / ("about.json" if damage == "no text" else "values.npy")
+    if damage == "truncated":
+        os.truncate(file, file.stat().st_size - 10)
+    elif damage == "foreign":
+        np.save(file, np.zeros((80, 4), np.float32))
+    elif damage == "no text":
+        file.write_bytes(b"\xff\x00")
+    else:
+        file.unlink()
+    again = make_cache(tmp_path)
+    assert "is damaged, and is made anew" in capsys.readouterr().out
+    assert all(torch.equal(again[row], value) for row, value in enumerate(values))
+
+
+def test_a_full_disk_is_told_before_anything_is_computed(tmp_path, monkeypatch):
+    def full(file, header):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
+    with pytest.raises(UserError, match="cannot write the cache .*No space left.*free some space.*data.cache=none"):
+        make_cache(tmp_path, compute=refuse)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    make_cache(tmp_path)
+
+
+def test_where_caches_lie():
+    def folder_of(**options):
+        return data.cache_folder(types.SimpleNamespace(output_dir="runs/x", data=data.DataConfig(**options)))
+
+    assert folder_of() is None and folder_of(views=2, cache="none") is None
+    assert folder_of(views=2) == Path("runs/x/cache") and folder_of(views=2, cache="shared") == Path("shared")
 
 
 # --- validation --------------------------------------------------------------------------------------------------

@@ -159,13 +159,14 @@ def differences(a, b, tolerance: float = 0.0) -> list[str]:
 # Every step has its line. Codes are revived: half of those that k-means finds in 8 images soon have too few hits.
 COMPARED = {
     "tokenizer": ["tokenizer.log_every=1", "tokenizer.ema_decay=0.5", "tokenizer.revive_below=4.0",
-                  "tokenizer.mean_start=true"],
+                  "tokenizer.mean_start=true", "data.views=2"],
     "pretrain": ["pretrain.log_every=1"],
     "finetune": ["finetune.log_every=1", "finetune.drop_path=0", "finetune.mixup=0", "finetune.cutmix=0",
                  "finetune.erase=0.5", "finetune.ema_decay=0.9"],
     "linear_probe": ["finetune.mode=linear_probe", "finetune.log_every=1"],
     "knn": ["finetune.mode=knn"],
 }
+TEACHER_CODES = ["tokenizer.encoder=teacher", "data.views=2", "pretrain.log_every=1", "pretrain.crop_scale=[0.5,1.0]"]
 # Two ranks run all of these one after the other, in one pair of processes: most of the time is their start.
 TWO_RANKS = """
 import importlib, json, os, sys
@@ -223,6 +224,8 @@ def two_ranks(home):
              ("segment_eval", "segment", 0, arguments(home, "base", *SEGMENTED))]
     again = arguments(home, "two_stopped", *COMPARED["pretrain"])
     plan += [("stopped", "pretrain", 3, again), ("continued", "pretrain", 0, again)]
+    plan += [("teacher", "tokenizer", 0, arguments(home, "two_teacher", *TEACHER_CODES)),
+             ("teacher_pretrain", "pretrain", 0, arguments(home, "two_teacher", *TEACHER_CODES, "pretrain.tokenizer_weights="))]
     few = ["data.train_images=1", "pretrain.batch_size=2"]
     plan += [("odd_batch", "pretrain", 0, arguments(home, "two_odd", "pretrain.batch_size=7")),
              ("one_image", "pretrain", 0, arguments(home, "two_few", *few)),
@@ -278,6 +281,40 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(home, one_rank, two_
     assert_same_run(one_rank(stage), home / "parts" / stage)
     assert two_ranks.get(f"{stage}_parts") == "done"
     assert_same_run(one_rank(stage), home / "two_parts" / stage)
+
+
+def test_kmeans_codes_of_the_teacher(home, two_ranks, monkeypatch):
+    """`tokenizer.encoder: teacher`, in one process and in two. Stage 2 takes the features that stage 1 has left."""
+    one, two = start("tokenizer", home, "teacher", *TEACHER_CODES), home / "two_teacher"
+    figures = metrics(one / "tokenizer")[-1]["val"]
+    assert figures["perplexity"] > 8 and figures["cosine_loss"] < 0.9 and 0 <= figures["bag_knn"] <= 1
+    asked = []
+    look = tokenizer.HOG.forward
+    monkeypatch.setattr(tokenizer.HOG, "forward", lambda hog, images: asked.append(len(images)) or look(hog, images))
+    start("pretrain", home, "teacher", *TEACHER_CODES, "pretrain.tokenizer_weights=")
+    assert sum(asked) == 2 * 4, "only for the picture of each epoch, never for training crops"
+    assert two_ranks.get("teacher") == "done" and two_ranks.get("teacher_pretrain") == "done"
+    assert_same_run(one / "tokenizer", two / "tokenizer")
+    assert_same_run(one / "pretrain", two / "pretrain")
+    codes = {name: tokenizer.load_tokenizer(config_of(home, *TEACHER_CODES), f"{home}/{name}/tokenizer/last.pt", "")
+             for name in ("teacher", "two_teacher")}
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(codes["teacher"].token_ids(images), codes["two_teacher"].token_ids(images))
+    assert "another model or codebook" in refusal("pretrain", home, "wrong_kind", *TEACHER_CODES)  # VQ-KD's weights
+
+
+def config_of(home: Path, *changes: str):
+    return engine.load_config(pretrain.SECTIONS, arguments(home, "none", *changes))
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "pretrain"])
+def test_a_cache_changes_no_figure(home, stage):
+    """With the same views: features in half precision cost 1e-3 at most, and codes nothing."""
+    views = ["data.views=2", f"{stage}.jitter=0.4" if stage == "pretrain" else "tokenizer.mean_start=true"]
+    cached, computed = (start(stage, home, name, *views, f"data.cache={where}") / stage
+                        for name, where in (("cached", ""), ("computed", "none")))
+    assert (home / "cached/cache").is_dir() and not (home / "computed/cache").exists()
+    assert metrics(cached) and not differences(metrics(cached), metrics(computed), 1e-3)
 
 
 def test_codes_are_revived_in_the_runs_compared(home, one_rank):
@@ -348,8 +385,8 @@ def test_segmentation_goes_on_from_another(home, capsys):
 INTERRUPTED = {
     "segment": ["segment.drop_path=0.3", "segment.iterations=16", "segment.eval_every=8",
                 "segment.save_every=4", "segment.batch_size=8", "data.train_images=40"],  # 5 steps an epoch, 8 a round
-    "tokenizer": ["tokenizer.revive_below=1.0"],
-    "pretrain": ["pretrain.drop_path=0.3"],
+    "tokenizer": ["tokenizer.revive_below=1.0", "data.views=2"],
+    "pretrain": ["pretrain.drop_path=0.3", "data.views=2"],
     "finetune": ["finetune.drop_path=0.3", "finetune.mixup=0.8", "finetune.cutmix=1.0", "finetune.rand_augment=true",
                  "finetune.erase=0.5", "finetune.ema_decay=0.9"],
     "linear_probe": ["finetune.mode=linear_probe"],
@@ -1145,6 +1182,34 @@ def test_curves_of_several_runs(home):
     page = (home / "base/compare.html").read_text()
     for run in ("base", "again"):
         assert f"{home}/{run} loss" in page
+
+
+def test_a_table_of_runs_has_a_row_for_all_seeds_of_an_experiment(tmp_path, capsys):
+    """Runs that differ in the seed, or in where their files lie, are one row; the others are named by what differs."""
+    for name, seed, masked, top1, probe in (("a0", 0, 6, 0.5, 0.75), ("a1", 1, 6, 0.6, None), ("b0", 0, 9, 0.4, None)):
+        config = dict(seed=seed, output_dir=name, device="cpu", data=dict(workers=seed, image_size=16),
+                      pretrain=dict(num_masked=masked, tokenizer_weights=f"{name}/last.pt"))
+        lines = {"finetune": [dict(top1=0.1), dict(top1=top1)], "pretrain": [dict(knn_cls=0.3)],
+                 "linear_probe": [dict(cls=probe)] if probe else []}
+        for stage, figures in lines.items():
+            (tmp_path / name / stage).mkdir(parents=True)
+            (tmp_path / name / stage / "config.yaml").write_text(yaml.safe_dump(config | {"finetune": {"mode": stage}}))
+            (tmp_path / name / stage / "metrics.jsonl").write_text(
+                "".join(json.dumps(dict(epoch=0, step=1, val=values)) + "\n" for values in figures))
+    sys.argv = ["visualize.py", *(str(tmp_path / name) for name in ("a0", "a1", "b0"))]
+    visualize.main()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[:4]]
+    assert rows[0] == ["runs that differ in", "seeds", "k-NN [CLS] %", "probe [CLS] %", "fine-tuning %"]
+    assert rows[2] == ["pretrain.num_masked=6", "2", "30.0 ± 0.0", "75.0 (1)", "55.0 ± 7.1"]
+    assert rows[3] == ["pretrain.num_masked=9", "1", "30.0", "-", "40.0"]
+    assert "<td>55.0 ± 7.1</td>" in (tmp_path / "a0/compare.html").read_text()
+
+    shutil.copytree(tmp_path / "b0", tmp_path / "b1")  # the same seed twice: nothing but the folder tells them apart
+    assert set(visualize.group_runs([tmp_path / "b0", tmp_path / "b1"])) == {f"{tmp_path}/b0", f"{tmp_path}/b1"}
+
+
+def test_a_comparison_of_nothing(tmp_path):
+    assert "no figures or curves" in sentence("visualize", tmp_path)
 
 
 def test_each_epoch_has_its_picture(home):

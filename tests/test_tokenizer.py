@@ -240,3 +240,60 @@ def test_a_mean_start_gives_the_mean_of_the_teacher_whatever_the_code():
     features = torch.cat([teacher(batch["image"] / 255) for batch in batches])  # [4, 16, 6]
     mean = F.normalize(features, dim=-1).mean(dim=(0, 1))
     assert torch.allclose(model.decode(torch.randn(3, 16, 4)), F.normalize(mean, dim=0).expand(3, 16, 6), atol=1e-6)
+
+
+# -- teachers and codes to compare with ---------------------------------------------------------------------------
+
+
+def test_pixels_are_the_patch_itself_without_its_brightness_and_contrast():
+    images = torch.rand(2, 3, 8, 8)
+    features = vqkd.Pixels(4)(images)
+    assert features.shape == (2, 4, 48)
+    patch = images[1, :, 4:, :4].flatten()  # row by row: patch 2 is the lower left one
+    expected = (patch - patch.mean()) / (patch.var(unbiased=False) + 1e-3).sqrt()
+    assert torch.allclose(features[1, 2].sort().values, expected.sort().values, atol=1e-5)
+    assert torch.allclose(vqkd.Pixels(4)(0.5 * images + 0.2), features, atol=0.05)
+
+
+def test_kmeans_codes_of_a_teacher_are_the_nearest_means_of_its_features():
+    torch.manual_seed(0)
+    model = vqkd.TeacherTokenizer(vqkd.Pixels(4), grid=2, codebook_size=5).eval()
+    images = torch.rand(3, 3, 8, 8)
+    features = vqkd.Pixels(4)(images)
+    cosine = F.normalize(features, dim=-1) @ model.quantize.embedding.weight.T  # [3, 4, 5]
+    assert torch.equal(model.token_ids(images), cosine.argmax(dim=-1))
+    loss, _, ids = model(images, features)
+    assert torch.equal(ids, cosine.argmax(dim=-1)) and torch.allclose(loss, 1 - cosine.amax(dim=-1).mean(), atol=1e-6)
+
+
+def test_a_bag_of_codes_forgets_order_and_tames_frequent_codes():
+    ids = torch.tensor([[0, 2, 2, 2, 2], [2, 0, 2, 2, 2]])
+    assert torch.equal(vqkd.bag_of_codes(ids, 4), torch.tensor([[1.0, 0, 2, 0]]).expand(2, 4))
+
+
+def test_the_bag_of_codes_tells_whether_codes_mean_anything():
+    """Codes that name an image's class give all of its neighbours that class; constant codes leave it to chance."""
+    labels = torch.arange(40) % 4
+
+    def accuracy(code_of):
+        class Model(torch.nn.Module):
+            quantize = types.SimpleNamespace(embedding=types.SimpleNamespace(num_embeddings=8))
+
+            def token_ids(self, images):
+                return code_of((images[:, 0, 0, 0] * 255).long())[:, None].expand(-1, 16)
+
+            def forward(self, images, features):
+                return torch.tensor(0.5), None, self.token_ids(images)
+
+        class Loader(list):
+            chosen = range(len(labels))
+
+        images = labels[:, None, None, None].expand(-1, 3, 4, 4).to(torch.uint8)
+        batches = Loader({"image": i, "label": l, "features": torch.zeros(len(l), 16, 2)}
+                         for i, l in zip(images.split(7), labels.split(7)))
+        run = types.SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext)
+        return vqkd.evaluate(run, Model(), None, batches, batches)
+
+    meaningful, empty = accuracy(lambda label: label + 3), accuracy(lambda label: 0 * label)
+    assert meaningful["bag_knn"] == 1 and empty["bag_knn"] == 0.25
+    assert abs(meaningful["perplexity"] - 4) < 1e-6 and meaningful["cosine_loss"] == 0.5
