@@ -4,11 +4,16 @@
     torchrun --nproc-per-node 8 pretrain.py configs/base.yaml                # eight GPUs of one machine
     torchrun pretrain.py configs/imagenette.yaml pretrain.num_masked=40      # any option, from the command line
 
-About 40 % of the patches are masked, in blocks. The backbone sees the rest and names the code of each masked patch;
-the aggregation head names it again from the final [CLS] and the patch tokens of an early layer. The codes come from
-stage 1, which sees the whole image:
+We hide about 40 % of the patches of an image, in blocks. The backbone, a Vision Transformer, sees the rest. For each
+hidden patch it must name the code that the tokenizer of stage 1 gives it. The tokenizer sees the whole image.
 
-    loss = - mean over masked patches i of  log p(code_i | visible patches)  +  log p(code_i | [CLS], early patches)
+Two heads make this guess. The first reads the last layer at the hidden position. The second, the aggregation head,
+reads the final [CLS] token beside the patch tokens of an early layer l. Both guesses are scored in the same way:
+
+    loss = - mean over hidden patches i of  log p(code_i | visible patches)  +  log p(code_i | [CLS], early patches)
+
+Why codes and not pixels? A network that must paint pixels spends its strength on textures. A code stands for what a
+teacher such as CLIP sees in the patch, so naming it asks what the hidden part *is*.
 
 Writes OUTPUT_DIR/pretrain/{last.pt, metrics.jsonl, config.yaml, epoch-NN.png}.
 """
@@ -57,20 +62,27 @@ SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "tokenizer": vqkd.Tok
 HIT, MISS = (0, 114, 178), (230, 159, 0)  # blue and orange, which colour-blind people can tell apart
 
 
+# ----------------------------------------------------------------------------------------------------------------
+# Act 1. The training loop (section 2.3, equation 3)
+
+
 def main() -> None:
     config = engine.load_config(SECTIONS)
     cfg, size = config.pretrain, config.data.image_size
     run = engine.Run("pretrain", config, cfg)
 
+    # The tokenizer is frozen. It plays the part that labels play in supervised learning, but no person made them.
+    # Only `model` learns. `parallel` is the same model, compiled and synchronised between processes if asked for.
     train_set, val_set = data.open_datasets(config.data)
     tokenizer = vqkd.load_tokenizer(config, cfg.tokenizer_weights, "pretrain.tokenizer_weights").to(run.device)
     model = build_model(config).to(run.device)
     parallel = run.prepare(model)
     optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay), cfg)
 
+    # Each training sample brings its crop, the factors of its colour jitter, and its mask (data.block_mask).
     view = data.TrainView(train_set, config.seed, size, cfg.crop_scale, cfg.jitter, cfg.num_masked, model.grid,
                           cfg.min_block, views=config.data.views)
-    if data.cache_folder(config):
+    if data.cache_folder(config):  # with a fixed number of crops, the tokenizer sees each crop only once
         view.attached["codes"] = vqkd.cached_codes(run, tokenizer, view)
     loader = data.TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
     run.begin(loader, read_checkpoint, model=model, optimizer=optimizer)
@@ -78,28 +90,46 @@ def main() -> None:
 
     for epoch in run.epochs():
         parallel.train()
+        # One turn of this loop is one optimizer step over `batch_size` images. They are spread over all processes.
+        # If a process cannot hold its share at once, it takes it in several micro-batches and adds the gradients up.
         for micro_batches in run.steps(epoch):
             engine.set_lr(optimizer, lr[run.step])
             for batch in micro_batches:
-                # Student and tokenizer look at the same pixels, in [0,1], and normalise them each in its own way.
-                images = data.to_unit(batch["image"])  # [B, 3, S, S]
+                # 1. The pixels. The student is to learn what things are under any light, so the colours are jittered.
+                images = data.to_unit(batch["image"])  # [B, 3, S, S] in [0,1]
                 if cfg.jitter > 0:
                     images = data.color_jitter(images, batch["jitter"])
-                masked = masked_positions(batch["mask"], cfg.num_masked)  # [B, M]
+
+                # 2. The mask, as positions of hidden patches. Every image has the same number M of them. So all shapes
+                #    are known before the step, and a compiled model never has to wait for a count.
+                masked = masked_positions(batch["mask"], cfg.num_masked)  # [B, M], each in 0 .. N-1
+
                 with run.autocast():
-                    codes = codes_of(tokenizer, batch, images, config.data.views)
-                    codes = codes.gather(1, masked)  # [B, M], what the masked patches hide
+                    # 3. The question. The tokenizer sees the whole image and names the code of each patch. We ask only
+                    #    about the hidden ones: a visible patch could be named by looking at it, and would teach little.
+                    codes = codes_of(tokenizer, batch, images, config.data.views)  # [B, N], each in 0 .. K-1
+                    codes = codes.gather(1, masked)  # [B, M]
+
+                    # 4. The answers of both heads. The student gets ImageNet's normalisation, which fine-tuning will
+                    #    use too. The tokenizer takes the same pixels in [-1,1], as it was trained (VQKD.encode).
                     logits, head_logits = parallel(data.normalize(images), masked)  # [B, M, K] each
+
+                # 5. The score: a classification among K codes for each hidden patch. Accuracy is low even at the end
+                #    (about 16 % for the paper's large model). Many codes fit a hidden patch, and only one is right.
                 loss, accuracy = cross_entropy(logits, codes)
                 run.record(mim_loss=loss, mim_accuracy=accuracy)
-                if head_logits is not None:  # the loss of patch aggregation has the same weight
+
+                # 6. The same score for the aggregation head, with the same weight. Its gradient reaches the last layers
+                #    only through [CLS]. This is what makes [CLS] a summary of the image (MaskedImageModel.forward).
+                if head_logits is not None:
                     head_loss, head_accuracy = cross_entropy(head_logits, codes)
                     run.record(cls_loss=head_loss, cls_accuracy=head_accuracy)
                     loss = loss + head_loss
                 run.record(loss=loss)
-                run.backward(loss)
-            run.optimizer_step(optimizer)
+                run.backward(loss)  # adds to the gradients; the last micro-batch averages them over processes
+            run.optimizer_step(optimizer)  # clip the gradients, step, clear
 
+        # Loss and accuracy tell how well codes are guessed, not whether the features are of use. The k-NN pulse does.
         paint_epoch(run, model, tokenizer, val_set, epoch)
         last = epoch + 1 == cfg.epochs
         pulse = cfg.knn_every and ((epoch + 1) % cfg.knn_every == 0 or last)
@@ -108,10 +138,13 @@ def main() -> None:
 
 
 def codes_of(tokenizer: nn.Module, batch: dict, images: torch.Tensor, views: int) -> torch.Tensor:
-    """The codes [B, N] of a batch: those that came along from a cache, or new ones.
+    """The codes of a batch, int64 [B, N]: from the cache, if the batch brings them, or from the tokenizer.
 
-    images   the batch after colour jitter. With fixed views the tokenizer sees the crop without it: else its codes,
-             which are computed once, would not be those of the next epoch.
+    images   the batch after colour jitter, [B, 3, S, S] in [0,1]
+
+    The paper's way: student and tokenizer see the same jittered pixels. With fixed views (`data.views`, not in the
+    paper) a crop has one row of codes for the whole run, but a new jitter in each epoch. So the tokenizer then sees the
+    crop without jitter, as it was trained.
     """
     if "codes" in batch:
         return batch["codes"].long()
@@ -126,14 +159,22 @@ def build_model(config) -> MaskedImageModel:
 
 
 def cross_entropy(logits: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and accuracy in [0,1] of logits [B, M, K] against codes [B, M]: equation 3, a mean over masked patches."""
+    """Loss and accuracy in [0,1] of logits [B, M, K] against codes [B, M]: equation 3, a mean over hidden patches.
+
+    The mean keeps the loss the same size for any number of hidden patches. In fp32: with 8192 codes, the sum inside
+    the softmax would lose its small terms in half precision.
+    """
     loss = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
     return loss, (logits.argmax(dim=-1) == codes).float().mean()
 
 
 @torch.no_grad()
 def knn_pulse(run: engine.Run, model: MaskedImageModel, train_set, val_set) -> dict[str, float]:
-    """k-NN accuracy of the frozen [CLS] and mean patch: is what is being learned of any use? Labels serve only here."""
+    """k-NN accuracy in [0,1] of the frozen [CLS] and of the mean patch: a cheap look at what the features know.
+
+    An image gets the class of those training images whose features are nearest. Nothing is trained for this, so the
+    figure is honest at any moment. Labels are used only here, and the model never sees them.
+    """
     model.eval()
     config = run.config
     chosen = torch.linspace(0, len(train_set) - 1, min(config.pretrain.knn_images, len(train_set))).long().tolist()
@@ -149,7 +190,7 @@ def knn_pulse(run: engine.Run, model: MaskedImageModel, train_set, val_set) -> d
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# A small picture of each epoch
+# Act 2. A small picture of each epoch (a reader of the method may skip this)
 
 
 @torch.no_grad()
