@@ -5,8 +5,6 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-RUN = $(VENV)/bin/torchrun
-DEMO = configs/demo.yaml $(ARGS)
 
 .PHONY: demo test install
 .DELETE_ON_ERROR:
@@ -20,15 +18,7 @@ $(VENV)/installed: requirements.txt
 	touch $@
 
 demo: install
-	$(RUN) tokenizer.py $(DEMO)
-	$(RUN) pretrain.py $(DEMO)
-	$(RUN) finetune.py $(DEMO) finetune.mode=knn finetune.weights=none
-	$(RUN) finetune.py $(DEMO) finetune.mode=knn
-	$(RUN) finetune.py $(DEMO) finetune.mode=linear_probe finetune.weights=none
-	$(RUN) finetune.py $(DEMO) finetune.mode=linear_probe
-	$(RUN) finetune.py $(DEMO) finetune.weights=none
-	$(RUN) finetune.py $(DEMO)
-	$(RUN) finetune.py $(DEMO) finetune.mode=report
+	$(VENV)/bin/python docs/demo.py configs/demo.yaml $(ARGS)
 
 test: install
 	$(VENV)/bin/python -m pytest tests $(ARGS)

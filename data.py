@@ -258,10 +258,10 @@ class Shapes:
     """`count` images of one shape each, drawn when asked for, from (split, index) alone."""
 
     classes = list(SHAPES)
+    drawn: dict[tuple, tuple] = {}  # each process keeps what it has drawn, up to 256 MiB
 
     def __init__(self, split: str, count: int, image_size: int):
         self.split, self.size = split, image_size
-        self.drawn: dict[int, tuple] = {}  # each worker keeps what it has drawn, up to 256 MiB
         self.labels = np.arange(count) % len(self.classes)
 
     def __len__(self) -> int:
@@ -281,11 +281,12 @@ class Shapes:
         return (self.image_and_shape(index)[1] * (self.label(index) + 1)).astype(np.uint8)
 
     def image_and_shape(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        if index in self.drawn:
-            return self.drawn[index]
+        key = self.split, self.size, index  # and the class, which is index mod 10
+        if key in self.drawn:
+            return self.drawn[key]
         drawing = self.draw(index)
         if len(self.drawn) < 2**28 // (4 * self.size**2):
-            self.drawn[index] = drawing
+            self.drawn[key] = drawing
         return drawing
 
     def draw(self, index: int) -> tuple[Image.Image, np.ndarray]:
@@ -455,6 +456,7 @@ class TrainView(SampleView):
         super().__init__(dataset, seed)
         self.size, self.views = image_size, views
         self.attached: dict[str, Cache] = {}
+        self.drawn: dict[int, dict] = {}  # crops that come back are kept, up to 256 MiB in each process
         self.crop_scale, self.jitter, self.erase = crop_scale, jitter, erase
         self.num_masked, self.mask_grid, self.min_block = num_masked, mask_grid, min_block
         # With 11 bins, magnitude 9 means timm's angles and strengths (`rand-m9-mstd0.5-inc1` without its noise).
@@ -472,8 +474,13 @@ class TrainView(SampleView):
 
     def crop(self, row: int) -> dict:
         """With `views`: crop number `row` of the views * len(dataset), those of the first view first."""
-        view, index = divmod(row, len(self))
-        return self.seeded(lambda: self.draw_crop(index), view, index)
+        if row not in self.drawn:
+            view, index = divmod(row, len(self))
+            sample = self.seeded(lambda: self.draw_crop(index), view, index)
+            if len(self.drawn) >= 2**28 // sample["image"].numel():
+                return sample
+            self.drawn[row] = sample
+        return self.drawn[row]
 
     def draw(self, index: int) -> dict:
         sample = self.draw_crop(index)
@@ -682,6 +689,9 @@ class ValLoader:
 # ---------------------------------------------------------------------------------------------------------
 
 
+CACHE_BATCH = 128  # images of one pass through a frozen network that fills a cache
+
+
 class FixedCrops(Dataset):
     """All crops of a TrainView with `views` > 0, one after the other."""
 
@@ -782,6 +792,11 @@ class Cache:
 
     def __getitem__(self, row: int) -> torch.Tensor:
         return torch.from_numpy(np.array(self.values[row]))
+
+
+def digest(model: torch.nn.Module) -> str:
+    """SHA-256 of a model's weights, by which a cache knows whose values it holds."""
+    return hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values())).hexdigest()
 
 
 def cache_folder(config) -> Path | None:

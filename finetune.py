@@ -213,6 +213,22 @@ class LinearProbes(nn.Module):
         return torch.stack(logits)
 
 
+@torch.no_grad()
+def pool(run: engine.Run, backbone: nn.Module, images: Tensor) -> Tensor:
+    """uint8 images [B, 3, S, S] -> [CLS] and the mean of the patches, float32 [B, 2, D]."""
+    with run.autocast():
+        tokens = backbone(data.normalize(data.to_unit(images))).float()
+    return torch.stack([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)
+
+
+def cached_features(run: engine.Run, backbone: nn.Module, crops: data.FixedCrops) -> data.Cache:
+    """`pool` of all training crops, computed once (see data.views): each epoch of the probes then takes seconds."""
+    about = dict(backbone=data.digest(backbone), precision=run.precision.name)
+    cache = data.Cache(data.cache_folder(run.config), "pooled", crops, about, (2, backbone.embed_dim), "float32")
+    return cache.fill(lambda batch: pool(run, backbone, batch["image"]), data.CACHE_BATCH, run.device,
+                      run.config.data.workers, "features of training crops")
+
+
 def linear_probe(config) -> None:
     """Train linear classifiers on the frozen features of augmented images, with all learning rates in one pass.
 
@@ -229,7 +245,9 @@ def linear_probe(config) -> None:
               for cls, mean, lr in zip(probes.heads["cls"], probes.heads["mean"], cfg.probe_lrs)]
     optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
 
-    view = data.TrainView(train_set, config.seed, config.data.image_size, cfg.crop_scale)
+    view = data.TrainView(train_set, config.seed, config.data.image_size, cfg.crop_scale, views=config.data.views)
+    if data.cache_folder(config):
+        view.attached["pooled"] = cached_features(run, backbone, data.FixedCrops(view))
     loader = data.TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
     run.begin(loader, read_checkpoint, probes=probes, optimizer=optimizer)
     lr = engine.cosine_schedule(1.0, 0.0, schedule.epochs, run.steps_per_epoch, warmup_epochs=0)
@@ -241,9 +259,8 @@ def linear_probe(config) -> None:
             probes.train()
             parts = []
             for batch in micro_batches:
-                with torch.no_grad(), run.autocast():
-                    tokens = backbone(data.normalize(data.to_unit(batch["image"]))).float()
-                parts.append((tokens[:, 0], tokens[:, 1:].mean(dim=1), batch["label"]))
+                pooled = batch["pooled"] if "pooled" in batch else pool(run, backbone, batch["image"])  # [B, 2, D]
+                parts.append((*pooled.unbind(1), batch["label"]))
             cls, mean, labels = (engine.gather_in_order(torch.cat(part)) for part in zip(*parts))
             losses = torch.stack([F.cross_entropy(logits, labels) for logits in probes(dict(cls=cls, mean=mean))])
             # The heads share no parameter, so each sees its own loss only.

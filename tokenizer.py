@@ -7,12 +7,18 @@
 
     image -> encoder -> z, one vector per patch -> the nearest code of the codebook -> decoder -> teacher's features
 
-The decoder sees nothing but codes and must say what a frozen teacher sees in each patch. So the codes must keep what
-the teacher finds worth knowing: parts and meanings, where a pixel loss would have kept colours and edges.
+Masked image modeling needs something to predict. Pixels ask for every texture. Words would be better, but images have
+none. So we make some: a codebook of K vectors, the codes, which the tokenizer learns to use as words for patches.
+
+What makes a good word? The decoder sees nothing but codes, and from them it must say what a frozen teacher such as CLIP
+sees in each patch. So a code must keep what the teacher finds worth knowing: parts, objects, meanings. If the decoder had
+to paint the pixels instead, the codes would keep colours and edges.
+
+This file tells it in order. Act 1: the teachers, whose features are the target. Act 2: the quantizer, which replaces a
+vector by its nearest code. Act 3: the model around it. Act 4: the training loop. Act 5: what else one can do with it.
 Writes OUTPUT_DIR/tokenizer/{last.pt, metrics.jsonl, config.yaml}.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +83,9 @@ class Teacher(nn.Module):
 
     The image is resized to the backbone's own input size, so that the teacher's patches cover what ours cover.
     Features are those after the final norm (and after CLIP's projection into the space it shares with text).
+
+    Why [0,1] here and the teacher's own normalisation inside: each network must see colours in the range it was trained
+    with. A teacher that gets another range still answers, but the answers are worse, and nothing tells you so.
     """
 
     def __init__(self, backbone: VisionTransformer, mean: tuple, std: tuple, output_dim: int | None = None):
@@ -93,9 +102,10 @@ class Teacher(nn.Module):
             images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
         return data.normalize(images, self.mean, self.std)
 
-    @torch.no_grad()
+    @torch.no_grad()  # the teacher is only asked; it never learns
     def forward(self, images: Tensor) -> Tensor:
-        return self.projection(self.backbone(self.prepare(images))[:, 1:])
+        tokens = self.backbone(self.prepare(images))  # [B, 1 + N, D], [CLS] first
+        return self.projection(tokens[:, 1:])  # [B, N, output_dim]: the target is what it says of each patch
 
 
 class HOG(nn.Module):
@@ -271,11 +281,26 @@ def read_clip(path: Path, sha256: str) -> dict[str, Tensor]:
 
 
 class Quantizer(nn.Module):
-    """A codebook on the unit sphere, moved by averaging instead of by gradients (section 2.2).
+    """The codebook: K codes, which are vectors of length 1 and dimension D (section 2.2).
 
-    Always in float32: in half precision, neighbouring codes fall together.
+    Four ideas meet here.
 
-    embedding.weight    [K, D], the codes, of unit length
+    Low dimension. D is 32, while the encoder is hundreds wide. In a high dimension a few codes lie near to everything and
+    take all the hits, and the others are never used. The paper found D = 32 to use nearly all of 8192 codes.
+
+    Length 1. Both z and the codes are scaled to length 1, so the nearest code is the one with the highest cosine. If
+    lengths were free, a code could win or lose by its length alone.
+
+    No gradient. The codes are no trained parameters. Each code moves towards the mean of the vectors that chose it, by an
+    exponential moving average. This is k-means, a little in each step. It needs no learning rate, and a code moves only
+    when it is used.
+
+    Dead codes. A code that nothing chooses has no mean to move to. It stays where it is, while the vectors move on with
+    the encoder, so it will never be chosen again. `revive_below` puts such codes back among the vectors of the batch.
+
+    Everything here is in float32: in half precision, neighbouring codes fall together.
+
+    embedding.weight    [K, D], the codes, of length 1
     running_count       [K], an average of hits per optimizer step, by which dead codes are found
     """
 
@@ -298,12 +323,18 @@ class Quantizer(nn.Module):
         returns  codes [B, N, D] that pass their gradient straight through to z; ids int64 [B, N]; commitment loss
         """
         with torch.autocast(z.device.type, enabled=False):
-            z = F.normalize(z.float(), dim=-1)
-            ids = nearest_code(z.detach().flatten(0, 1), self.embedding.weight).view(z.shape[:2])  # equation 1
-            codes = self.embedding(ids)
+            z = F.normalize(z.float(), dim=-1)  # [B, N, D], on the unit sphere
+            # Equation 1. `detach`: the choice of the nearest code is a jump, and a jump has no gradient.
+            ids = nearest_code(z.detach().flatten(0, 1), self.embedding.weight).view(z.shape[:2])  # [B, N]
+            codes = self.embedding(ids)  # [B, N, D]
             if self.training:
                 self.count(z.detach(), ids)
-            commitment_loss = self.commitment_beta * F.mse_loss(z, codes)  # a mean over all elements, as published
+            # The commitment loss pulls z towards its code. Without it, z may run away faster than the codes can follow.
+            # The codes have no gradient, so only z moves. It is a mean over all elements, as in the published code.
+            commitment_loss = self.commitment_beta * F.mse_loss(z, codes)
+            # The straight-through estimator. Forward, this is `codes`: z cancels. Backward, the bracket counts as a
+            # constant, so the decoder's gradient for the codes becomes the gradient for z, unchanged. It is wrong by
+            # what lies between z and its code. But without it the encoder would learn nothing from the decoder.
             codes = z + (codes - z).detach()
             return codes, ids, commitment_loss
 
@@ -323,6 +354,9 @@ class Quantizer(nn.Module):
         Then codes whose running count fell below `revive_below` are put on random vectors of this batch; `seed`
         makes all ranks choose alike. Returns the hits of each code in this step, [K].
         """
+        # All that ranks exchange for the codebook are these K counts and K sums. A sum of sums is exact, so one process
+        # or many end with the same codes. (A mean of each rank's mean would weigh a rank with one hit like one with
+        # a thousand.)
         counts, sums = engine.all_reduce_sum(self.counts), engine.all_reduce_sum(self.sums)
         weight, hit = self.embedding.weight, (counts > 0)[:, None]
         means = F.normalize(sums / counts.clamp(min=1)[:, None], dim=1)
@@ -348,13 +382,17 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def init_from(self, z: Tensor, seed: int, iterations: int = 10) -> None:
-        """k-means on the sphere over the vectors z [n, D], in the same global order on every rank."""
+        """k-means on the sphere over the vectors z [n, D], in the same global order on every rank.
+
+        Random codes would lie anywhere on the sphere. But the vectors of an untrained encoder lie in one small region
+        of it, so nearly all would choose the same few codes. k-means puts the codes where the vectors are.
+        """
         z, weight = F.normalize(z.float(), dim=1), self.embedding.weight
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(z), generator=generator).to(z.device)
         weight.copy_(z[order[torch.arange(len(weight), device=z.device) % len(z)]])
         for _ in range(iterations):
-            ids = nearest_code(z, weight)
+            ids = nearest_code(z, weight)  # each vector chooses; then each code moves to the mean of those that chose it
             counts = torch.zeros(len(weight), device=z.device).index_add_(0, ids, torch.ones(len(z), device=z.device))
             sums = torch.zeros_like(weight).index_add_(0, ids, z)
             weight.copy_(torch.where(counts[:, None] > 0, F.normalize(sums, dim=1), weight))
@@ -369,7 +407,11 @@ def nearest_code(z: Tensor, codebook: Tensor, chunk: int = 16384) -> Tensor:
 
 
 class CodeUsage:
-    """Counts hits of each code over an epoch."""
+    """Counts the hits of each code over an epoch.
+
+    A codebook can collapse: a few codes take all hits. Then the tokenizer says the same of everything, and stage 2 has
+    nothing to learn, though its loss looks excellent. These figures show it.
+    """
 
     def __init__(self, codebook_size: int, device: torch.device):
         self.counts = torch.zeros(codebook_size, dtype=torch.float64, device=device)
@@ -415,6 +457,10 @@ class PatchTransformer(VisionTransformer):
 class VQKD(nn.Module):
     """Vector-quantized knowledge distillation (section 2.2, Figure 2).
 
+    The encoder is large and the decoder is shallow on purpose. A deep decoder could guess much of what the teacher says
+    from the neighbours of a patch, and the codes themselves would need to say less. After training, the decoder is
+    thrown away: stage 2 needs only `token_ids`.
+
     encoder, decoder    dict(embed_dim, depth, num_heads) of each
     teacher_dim         width of the teacher's patch features
     """
@@ -439,9 +485,9 @@ class VQKD(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images in [0,1], [B, 3, S, S] -> z, one vector per patch before quantization, float32 [B, N, D]."""
-        features = self.encoder(images * 2 - 1)  # the tokenizer sees [-1, 1]
-        with torch.autocast(images.device.type, enabled=False):
-            return self.encode_task_layer(features.float())
+        features = self.encoder(images * 2 - 1)  # [B, N, width]; the published tokenizer was trained on [-1, 1]
+        with torch.autocast(images.device.type, enabled=False):  # fp32: a small error in z may choose another code
+            return self.encode_task_layer(features.float())  # [B, N, D], from the encoder's width down to D
 
     @torch.no_grad()
     def token_ids(self, images: Tensor) -> Tensor:
@@ -451,6 +497,7 @@ class VQKD(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, N, D] -> predicted teacher features [B, N, teacher_dim]."""
         grid = codes.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # [B, D, grid, grid]
+        # The decoder is a transformer too, so codes may be read together: what one word means depends on its neighbours.
         return self.decode_task_layer(self.decoder(grid))
 
     def forward(self, images: Tensor, teacher_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -460,7 +507,9 @@ class VQKD(nn.Module):
         commitment loss  pulls z towards its code; the gradient never moves the codes (equation 2, last term)
         """
         codes, ids, commitment_loss = self.quantize(self.encode(images))
-        prediction = self.decode(codes)
+        prediction = self.decode(codes)  # [B, N, teacher_dim]
+        # The cosine asks for the direction of the teacher's feature, not for its length. CLIP's lengths differ much from
+        # patch to patch, and a squared error would care most about the longest.
         cosine_loss = 1 - F.cosine_similarity(prediction.float(), teacher_features.float(), dim=-1).mean()
         return cosine_loss, commitment_loss, ids
 
@@ -573,13 +622,19 @@ def train(config) -> None:
         for micro_batches in run.steps(epoch):
             engine.set_lr(optimizer, lr[run.step])
             for batch in micro_batches:
-                images = data.to_unit(batch["image"])  # [B, 3, S, S] in [0,1]
+                # 1. Teacher and tokenizer look at the same pixels, in [0,1], and each normalises them in its own way.
+                images = data.to_unit(batch["image"])  # [B, 3, S, S]
                 with run.autocast():
-                    features = features_of(teacher, batch)
+                    # 2. The target: what the frozen teacher says of each patch.
+                    features = features_of(teacher, batch)  # [B, N, teacher_dim]
+                    # 3. Encode, choose codes, decode, compare (VQKD.forward). The forward pass also counts which
+                    #    vectors chose which code.
                     cosine_loss, commitment_loss, _ = parallel(images, features)
-                    loss = cosine_loss + commitment_loss
+                    loss = cosine_loss + commitment_loss  # equation 2, as a loss
                 run.backward(loss)
                 run.record(loss=loss, cosine_loss=cosine_loss, commitment_loss=commitment_loss)
+            # 4. Two kinds of learning in one step. The optimizer moves encoder and decoder along their gradients. The
+            #    codebook moves by averages, once per step, however many micro-batches and processes took part.
             run.optimizer_step(optimizer)
             hits = model.quantize.update(seed=config.seed + run.step)
             usage.add(hits)
@@ -593,21 +648,18 @@ def train(config) -> None:
     run.finish()
 
 
-CACHE_BATCH = 128  # images of one pass through a frozen network that fills a cache
-
-
 @torch.no_grad()
 def cached_features(run: engine.Run, teacher: nn.Module, images, title: str) -> data.Cache:
     """The teacher's features of images that never change, [N, teacher_dim] for each, in half precision."""
     config, grid = run.config, run.config.data.image_size // run.config.model.patch_size
-    about = dict(teacher=config.tokenizer.teacher, weights=digest(teacher), grid=grid, precision=run.precision.name)
+    about = dict(teacher=config.tokenizer.teacher, weights=data.digest(teacher), grid=grid, precision=run.precision.name)
     cache = data.Cache(data.cache_folder(config), "features", images, about, (grid**2, teacher.output_dim), "float16")
 
     def compute(batch: dict) -> Tensor:
         with run.autocast():
             return teacher(data.to_unit(batch["image"])).half()
 
-    return cache.fill(compute, CACHE_BATCH, run.device, config.data.workers, f"teacher's features of {title}")
+    return cache.fill(compute, data.CACHE_BATCH, run.device, config.data.workers, f"teacher's features of {title}")
 
 
 @torch.no_grad()
@@ -617,7 +669,7 @@ def cached_codes(run: engine.Run, tokenizer: VQKD | TeacherTokenizer, view: data
     k-means codes of a teacher come from its features, which stage 1 has left in the cache if the crops are the same.
     """
     config = run.config
-    about = dict(tokenizer=digest(tokenizer), precision=run.precision.name)
+    about = dict(tokenizer=data.digest(tokenizer), precision=run.precision.name)
     crops = data.FixedCrops(view)
     cache = data.Cache(data.cache_folder(config), "codes", crops, about, (tokenizer.grid**2,), "int32")
     if isinstance(tokenizer, TeacherTokenizer) and not cache.done.all():
@@ -629,12 +681,7 @@ def cached_codes(run: engine.Run, tokenizer: VQKD | TeacherTokenizer, view: data
                 return tokenizer.quantize(batch["features"].float())[1].int()
             return tokenizer.token_ids(data.to_unit(batch["image"])).int()
 
-    return cache.fill(compute, CACHE_BATCH, run.device, config.data.workers, "codes of training crops")
-
-
-def digest(model: nn.Module) -> str:
-    """SHA-256 of a model's weights."""
-    return hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values())).hexdigest()
+    return cache.fill(compute, data.CACHE_BATCH, run.device, config.data.workers, "codes of training crops")
 
 
 def features_of(teacher: nn.Module, batch: dict) -> Tensor:

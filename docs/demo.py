@@ -1,0 +1,51 @@
+"""The demo: all stages on images that draw themselves, one after the other in one process. `make demo` runs it.
+
+    python docs/demo.py configs/demo.yaml [section.key=value ...]
+
+The same as the commands at the top of configs/demo.yaml, which start Python anew for each step. Stopped with Ctrl-C, it
+goes on with the same command; steps that are done say so.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import engine  # noqa: E402
+import finetune  # noqa: E402
+import pretrain  # noqa: E402
+import tokenizer  # noqa: E402
+import visualize  # noqa: E402
+from beitv2 import ModelError  # noqa: E402
+
+# What is done, by which script with which options, and its share of the time.
+STEPS = [
+    ("tokenizer: learn the words", tokenizer, [], 20),
+    ("pre-training: predict the words of what is hidden", pretrain, [], 50),
+    ("k-NN, untrained", finetune, ["finetune.mode=knn", "finetune.weights=none"], 2),
+    ("k-NN, pre-trained", finetune, ["finetune.mode=knn"], 2),
+    ("linear probe, untrained", finetune, ["finetune.mode=linear_probe", "finetune.weights=none"], 4),
+    ("linear probe, pre-trained", finetune, ["finetune.mode=linear_probe"], 4),
+    ("fine-tuning, untrained", finetune, ["finetune.weights=none"], 8),
+    ("fine-tuning, pre-trained", finetune, [], 8),
+    ("results", finetune, ["finetune.mode=report"], 0),
+    ("pictures of what was learned, on one page", visualize, ["visualize.decoder_steps=0"], 2),
+]
+
+
+def main() -> None:
+    arguments, start, done = sys.argv[1:], time.monotonic(), 0
+    total = sum(share for *_, share in STEPS)
+    for number, (title, script, options, share) in enumerate(STEPS, 1):
+        left = ""
+        if done:
+            seconds = (time.monotonic() - start) * (total - done) / done
+            left = f" (about {seconds / 60:.1f} minutes left)" if share else ""
+        engine.say(f"\n--- step {number} of {len(STEPS)}, {title}{left}")
+        sys.argv = [f"{script.__name__}.py", *arguments, *options]
+        script.main()
+        done += share
+
+
+if __name__ == "__main__":
+    engine.launch(main, ModelError)
