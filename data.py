@@ -47,7 +47,7 @@ class DataConfig:
     root: str = "data"  # folder of the data set: ROOT/{train,val}/CLASS/*.jpg, or where to download to
     download: bool = False  # fetch a named data set that is not in `root`
     image_size: Count = 224  # pixels, square
-    views: Natural = 0  # crops of each image in stages 1 and 2: epoch e takes number e mod views; 0: new ones each epoch
+    views: Natural = 0  # crops of an image, where a frozen network sees it: epoch e takes number e mod views; 0: new ones
     cache: str = ""  # with views: folder for what frozen networks say of the crops; empty: OUTPUT_DIR/cache; none: off
     workers: Natural = 8  # loader processes per rank
     train_images: Count = 4000  # `shapes` only: how many to draw for training
@@ -672,8 +672,8 @@ class ValLoader:
         world_size = engine.world_size() if world_size is None else world_size
         self.chosen = range(len(view)) if indices is None else indices
         if len(self.chosen) < world_size:  # said on every rank, or the others would wait for this one for ever
-            raise UserError(f"{len(self.chosen)} image(s) to evaluate cannot be shared by {world_size} processes: use fewer "
-                            f"processes, or add validation images")
+            raise UserError(f"{len(self.chosen)} image(s) to evaluate cannot be shared by {world_size} processes: use "
+                            f"fewer processes, or add validation images")
         mine = self.chosen[rank::world_size]
         self.loader = DataLoader(view, batch_size, sampler=mine, **loader_options(workers))
 
@@ -712,8 +712,8 @@ class Cache:
     A frozen teacher says the same of the same crop each time, and takes longer to say it than a small student takes to
     learn from it. So it is asked once. cache[row] is the value of one image, a tensor of this `shape` on the CPU.
 
-    folder   FOLDER/NAME-DIGEST receives values.npy, done.npy and about.json. The digest is that of `about`, of the number
-             of images and of some of their pixels: other images, crops, seeds, sizes or networks have another folder.
+    folder   FOLDER/NAME-DIGEST receives values.npy, done.npy and about.json. The digest is that of `about`, of the
+             number of images and of some of their pixels: other images, crops, seeds, sizes or networks have another.
     images   Dataset of {"image": uint8 [3, S, S]}
     about    what else the values depend on, in plain values
     empty    fills the file before the values come, so that a full disk shows at once and not in the middle
@@ -766,8 +766,8 @@ class Cache:
                         bytes_left -= file.write(bytes(min(bytes_left, 2**24)))
         except OSError as error:
             shutil.rmtree(self.folder, ignore_errors=True)
-            raise UserError(f"cannot write the cache '{self.folder}' of {size / 2**20:,.0f} MiB ({error.strerror}): free "
-                            f"some space, set data.cache=FOLDER to one on another disk, or set data.cache=none to "
+            raise UserError(f"cannot write the cache '{self.folder}' of {size / 2**20:,.0f} MiB ({error.strerror}): "
+                            f"free some space, set data.cache=FOLDER to one on another disk, or set data.cache=none to "
                             f"compute the values anew in each epoch") from error
 
     def fill(self, compute, batch_size: int, device: torch.device, workers: int, title: str) -> "Cache":

@@ -10,9 +10,9 @@
 Masked image modeling needs something to predict. Pixels ask for every texture. Words would be better, but images have
 none. So we make some: a codebook of K vectors, the codes, which the tokenizer learns to use as words for patches.
 
-What makes a good word? The decoder sees nothing but codes, and from them it must say what a frozen teacher such as CLIP
-sees in each patch. So a code must keep what the teacher finds worth knowing: parts, objects, meanings. If the decoder had
-to paint the pixels instead, the codes would keep colours and edges.
+What makes a good word? The decoder sees nothing but codes, and from them it must say what a frozen teacher such as
+CLIP sees in each patch. So a code must keep what the teacher finds worth knowing: parts, objects, meanings. If the
+decoder had to paint the pixels instead, the codes would keep colours and edges.
 
 This file tells it in order. Act 1: the teachers, whose features are the target. Act 2: the quantizer, which replaces a
 vector by its nearest code. Act 3: the model around it. Act 4: the training loop. Act 5: what else one can do with it.
@@ -285,15 +285,15 @@ class Quantizer(nn.Module):
 
     Four ideas meet here.
 
-    Low dimension. D is 32, while the encoder is hundreds wide. In a high dimension a few codes lie near to everything and
-    take all the hits, and the others are never used. The paper found D = 32 to use nearly all of 8192 codes.
+    Low dimension. D is 32, while the encoder is hundreds wide. In a high dimension a few codes lie near to everything
+    and take all the hits, and the others are never used. The paper found D = 32 to use nearly all of 8192 codes.
 
     Length 1. Both z and the codes are scaled to length 1, so the nearest code is the one with the highest cosine. If
     lengths were free, a code could win or lose by its length alone.
 
-    No gradient. The codes are no trained parameters. Each code moves towards the mean of the vectors that chose it, by an
-    exponential moving average. This is k-means, a little in each step. It needs no learning rate, and a code moves only
-    when it is used.
+    No gradient. The codes are no trained parameters. Each code moves towards the mean of the vectors that chose it, by
+    an exponential moving average. This is k-means, a little in each step. It needs no learning rate, and a code moves
+    only when it is used.
 
     Dead codes. A code that nothing chooses has no mean to move to. It stays where it is, while the vectors move on with
     the encoder, so it will never be chosen again. `revive_below` puts such codes back among the vectors of the batch.
@@ -392,7 +392,7 @@ class Quantizer(nn.Module):
         order = torch.randperm(len(z), generator=generator).to(z.device)
         weight.copy_(z[order[torch.arange(len(weight), device=z.device) % len(z)]])
         for _ in range(iterations):
-            ids = nearest_code(z, weight)  # each vector chooses; then each code moves to the mean of those that chose it
+            ids = nearest_code(z, weight)  # each vector chooses a code; below, each code moves to the mean of its vectors
             counts = torch.zeros(len(weight), device=z.device).index_add_(0, ids, torch.ones(len(z), device=z.device))
             sums = torch.zeros_like(weight).index_add_(0, ids, z)
             weight.copy_(torch.where(counts[:, None] > 0, F.normalize(sums, dim=1), weight))
@@ -497,7 +497,7 @@ class VQKD(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, N, D] -> predicted teacher features [B, N, teacher_dim]."""
         grid = codes.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # [B, D, grid, grid]
-        # The decoder is a transformer too, so codes may be read together: what one word means depends on its neighbours.
+        # The decoder is a transformer too, so it reads the codes together: a word's meaning depends on its neighbours.
         return self.decode_task_layer(self.decoder(grid))
 
     def forward(self, images: Tensor, teacher_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -508,8 +508,8 @@ class VQKD(nn.Module):
         """
         codes, ids, commitment_loss = self.quantize(self.encode(images))
         prediction = self.decode(codes)  # [B, N, teacher_dim]
-        # The cosine asks for the direction of the teacher's feature, not for its length. CLIP's lengths differ much from
-        # patch to patch, and a squared error would care most about the longest.
+        # The cosine asks for the direction of the teacher's feature, not for its length. CLIP's lengths differ much
+        # from patch to patch, and a squared error would care most about the longest.
         cosine_loss = 1 - F.cosine_similarity(prediction.float(), teacher_features.float(), dim=-1).mean()
         return cosine_loss, commitment_loss, ids
 
@@ -652,7 +652,8 @@ def train(config) -> None:
 def cached_features(run: engine.Run, teacher: nn.Module, images, title: str) -> data.Cache:
     """The teacher's features of images that never change, [N, teacher_dim] for each, in half precision."""
     config, grid = run.config, run.config.data.image_size // run.config.model.patch_size
-    about = dict(teacher=config.tokenizer.teacher, weights=data.digest(teacher), grid=grid, precision=run.precision.name)
+    about = dict(teacher=config.tokenizer.teacher, weights=data.digest(teacher), grid=grid,
+                 precision=run.precision.name)
     cache = data.Cache(data.cache_folder(config), "features", images, about, (grid**2, teacher.output_dim), "float16")
 
     def compute(batch: dict) -> Tensor:

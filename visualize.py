@@ -2,7 +2,7 @@
 
     python visualize.py configs/demo.yaml                            # everything that the run has so far
     python visualize.py configs/demo.yaml visualize.codes=[3,17,42]  # chosen codes instead of the most used ones
-    python visualize.py runs/a runs/b runs/c                         # a table and the curves of runs: runs/a/compare.html
+    python visualize.py runs/a runs/b runs/c                         # a table and the curves of runs
 
 Functions come in pairs: one computes numbers (which patch has which code, which token attends to which), one draws
 them. What a run lacks is left out, with a line that says which command adds it.
@@ -816,7 +816,8 @@ def compare(folders: list[Path]) -> Path:
         if content := charts(runs):
             sections.append((stage, content))
     if len(rows[0]) == 2 and len(sections) == 1:
-        raise UserError(f"there are no figures or curves in {', '.join(map(str, folders))}: give the output_dir of runs")
+        names = ", ".join(map(str, folders))
+        raise UserError(f"there are no figures or curves in {names}: give the output_dir of runs")
     print(as_markdown(rows))
     path = folders[0] / "compare.html"
     path.write_text(page("BEiT v2: " + ", ".join(map(str, folders)), sections), encoding="utf-8", errors="replace")
