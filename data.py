@@ -47,7 +47,7 @@ class DataConfig:
     root: str = "data"  # folder of the data set: ROOT/{train,val}/CLASS/*.jpg, or where to download to
     download: bool = False  # fetch a named data set that is not in `root`
     image_size: Count = 224  # pixels, square
-    views: Natural = 0  # crops of an image, where a frozen network sees it: epoch e takes number e mod views; 0: new ones
+    views: Natural = 0  # crops of each image that a frozen network sees: epoch e takes number e mod views; 0: new ones
     cache: str = ""  # with views: folder for what frozen networks say of the crops; empty: OUTPUT_DIR/cache; none: off
     workers: Natural = 8  # loader processes per rank
     train_images: Count = 4000  # `shapes` only: how many to draw for training

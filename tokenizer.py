@@ -392,7 +392,7 @@ class Quantizer(nn.Module):
         order = torch.randperm(len(z), generator=generator).to(z.device)
         weight.copy_(z[order[torch.arange(len(weight), device=z.device) % len(z)]])
         for _ in range(iterations):
-            ids = nearest_code(z, weight)  # each vector chooses a code; below, each code moves to the mean of its vectors
+            ids = nearest_code(z, weight)  # each vector chooses a code; then each code moves to the mean of its vectors
             counts = torch.zeros(len(weight), device=z.device).index_add_(0, ids, torch.ones(len(z), device=z.device))
             sums = torch.zeros_like(weight).index_add_(0, ids, z)
             weight.copy_(torch.where(counts[:, None] > 0, F.normalize(sums, dim=1), weight))
