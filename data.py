@@ -490,7 +490,7 @@ class TrainView(SampleView):
         self.rand_augment = v2.RandAugment(2, 9, 11, interpolation=BICUBIC, fill=mean_colour) if rand_augment else None
 
     def draw(self, index: int) -> dict:
-        """Make one sample. The order of the draws is fixed: another order would give other samples for the same seed."""
+        """Make one sample. The order of the draws is fixed: another order gives other samples for the same seed."""
         image, index, unreadable = self.load_or_replace(index)
         # Random resized crop: a box whose area is a random share of the image (`crop_scale`), resized to [S, S]. The
         # model meets objects at many sizes and places. In pre-training the share starts at 0.2, not at 0.08: a very
@@ -535,7 +535,7 @@ class TrainLoader:
     instead, every batch would be another one.
 
     Images that do not fill a batch at the end of an epoch are left out, so that all batches have one shape. Each epoch
-    is shuffled anew, so others are left out next time. Without rank and world_size, those of the process group are used.
+    is shuffled anew, so others are left out next time. rank and world_size default to those of the process group.
     """
 
     def __init__(self, view: TrainView, batch_size: int, seed: int, rank=None, world_size=None, workers=0):
