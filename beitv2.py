@@ -55,8 +55,8 @@ class ModelConfig:
     size: Literal["tiny", "small", "base", "large"] = "base"  # width, depth and heads; the three below override it
     embed_dim: Count | None = None  # width D
     depth: Count | None = None  # number of blocks
-    num_heads: Count | None = None  # attention heads; D must be a multiple
-    patch_size: Count = 16  # pixels; the image size must be a multiple
+    num_heads: Count | None = None  # attention heads; D must be a multiple of it
+    patch_size: Count = 16  # pixels; the image size must be a multiple of it
     mlp_ratio: Annotated[float, 0.1, math.inf] = 4.0  # hidden width of the MLP over D
     layer_scale: Annotated[float, 0.0, 1.0] = 0.1  # initial factor on each residual branch (1e-5 for large); 0: none
     rel_pos_bias: bool = True  # relative position bias: one table while pre-training, one per block afterwards
@@ -64,7 +64,10 @@ class ModelConfig:
     checkpoint_activations: bool = False  # recompute the blocks in the backward pass: less memory, a third more time
 
     def backbone(self, image_size: int, tables: Literal["shared", "per_block"] = "per_block") -> dict:
-        """Keyword arguments of `VisionTransformer` for this configuration; `tables` of position bias, if any."""
+        """Keyword arguments of `VisionTransformer` for this configuration.
+
+        tables   whether the blocks share one table of position bias, if the configuration has any
+        """
         return dimensions(self) | dict(
             image_size=image_size,
             rel_pos_bias=tables if self.rel_pos_bias else None,
@@ -77,7 +80,7 @@ class ModelConfig:
 
 
 def dimensions(section) -> dict[str, int]:
-    """Width, depth and heads of a section that has `size`, and may override it: the model's or the tokenizer's."""
+    """Width, depth and heads of a section, `model` or `tokenizer`: those of its `size`, unless it sets them itself."""
     width, depth, heads = SIZES[section.size]
     return dict(embed_dim=section.embed_dim or width, depth=section.depth or depth,
                 num_heads=section.num_heads or heads)
@@ -240,23 +243,24 @@ class RelativePositionBias(nn.Module):
 def relative_position_index(grid: int) -> Tensor:
     """For each pair (query token, key token), the row of the bias table that holds their bias: int64 [T, T].
 
-    On an image of grid x grid patches, two patches are between -(grid-1) and grid-1 rows apart, and so for columns.
+    On an image of grid x grid patches, two patches are between -(grid-1) and grid-1 rows apart. So it is for columns.
     That makes (2 grid - 1)^2 displacements, one row of the table for each. Three more rows follow, because [CLS] has
     no place: one for the pairs [CLS] -> patch, one for patch -> [CLS], and one for [CLS] -> [CLS].
 
     An example, grid = 2. The patches are numbered row by row:      0 1
                                                                     2 3
 
-    Rows differ by -1, 0 or 1, columns too: 3 x 3 = 9 displacements (rows 0 to 8 of the table), then the three for
-    [CLS] (rows 9 to 11). From query patch 3 to key patch 0 it is one row and one column: (1, 1). Adding grid-1 = 1
-    makes both numbers start at 0: (2, 2). The row of the table is 2 * 3 + 2 = 8. The whole index:
+    Their rows differ by -1, 0 or 1, and so do their columns. These 3 x 3 = 9 displacements are rows 0 to 8 of the
+    table. Rows 9 to 11 are for [CLS]. Take query patch 3 and key patch 0. The query's place minus the key's is one row
+    and one column, (1, 1). Adding grid-1 = 1 makes both numbers start at 0: (2, 2). So the pair uses row 2 * 3 + 2 = 8
+    of the table. The whole index:
 
                     key [CLS]   0    1    2    3
         query [CLS]       11    9    9    9    9
         query 0           10    4    3    1    0
         query 1           10    5    4    2    1      The diagonal of the patches is 4: displacement (0, 0).
-        query 2           10    7    6    4    3      The pairs 0 -> 1 and 2 -> 3 share row 3: in both of them
-        query 3           10    8    7    5    4      the key lies one column to the right of the query.
+        query 2           10    7    6    4    3      The pairs 0 -> 1 and 2 -> 3 both use row 3: in both
+        query 3           10    8    7    5    4      of them the key lies to the right of the query.
     """
     y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     y, x = y.flatten(), x.flatten()
@@ -347,7 +351,8 @@ class VisionTransformer(nn.Module):
         # its own means "hidden" and nothing else. The pixels behind the mask go nowhere from here on.
         # Before the positions: the model must know which patch it has to predict. If the mask token replaced the
         # position embedding too, all masked patches would be the same vector, and get the same prediction.
-        # (The relative position bias is added later, inside of attention, so it reaches masked patches in any case.)
+        # (BEiT v2 itself has no position embeddings, `pos_embed` is None. There the relative position bias says where
+        # each token is. It works inside attention, on masked patches as on all others.)
         if masked is not None:
             mask = torch.zeros(B, N, 1, dtype=torch.bool, device=x.device).scatter(1, masked[..., None], True)
             x = torch.where(mask, mask_token.to(x.dtype), x)
@@ -416,12 +421,14 @@ class VisionTransformer(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: nn.Module, truncate_at: float, convolutions: bool = False, std: float = 0.02) -> None:
-    """Draw normal weights of `std`, cut off at +-`truncate_at`; set biases to zero; make deeper branches start smaller.
+    """Draw normal weights of `std`, cut off at +-`truncate_at`, and set biases to zero.
+
+    The residual branches of the blocks then become smaller with depth: see shrink_residual_branches.
 
     Why a cut-off: a normal distribution now and then gives a weight of four or five std. Among 86 million weights
-    some are that large, and a few large ones can make the first steps unstable. BEiT (section 2.5) wants
-    all weights within [-0.02, 0.02]. The published code draws with std 0.02 and cuts off at +-0.02, that is +-1 std.
-    What is left has a standard deviation of 0.011.
+    some are that large, and a few large ones can make the first steps unstable. BEiT (section 2.5) wants all weights
+    within [-0.02, 0.02]. The published code draws with std 0.02 and cuts off at +-0.02, that is at +-1 std. What is
+    left has a standard deviation of 0.011.
 
     What is not named here keeps its constants: norms ones and zeros, layer scales theirs, bias tables zeros.
     """
@@ -503,12 +510,13 @@ class MaskedImageModel(VisionTransformer):
         self.early_layers, self.head_layers = early_layers, head_layers
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
         self.lm_head = nn.Linear(self.embed_dim, vocab_size)
-        # In pre-training the normal init is cut off at +-1 std, also that of the patch convolution.
+        # The parent class has drawn its weights already. They are drawn again, because in pre-training the published
+        # code cuts the normal init off at +-1 std, also that of the patch convolution.
         init_weights(self, truncate_at=0.02, convolutions=True)
 
         # The head's layers are made after init_weights has run. So their linear layers keep PyTorch's default init, as
-        # in the published code. Their branches are then divided as those of blocks l+1, l+2, ... are: this is the
-        # place where they stand behind the early patches.
+        # in the published code. The head continues from the early patches, as blocks l+1, l+2, ... do. So its layers
+        # have the drop path rates of these blocks, and their branches are divided by the same numbers.
         rates = torch.linspace(0, drop_path, max(self.depth, early_layers + head_layers)).tolist()
         self.cls_pt_layers = nn.ModuleList()
         for layer in range(1, head_layers + 1):
@@ -535,9 +543,9 @@ class MaskedImageModel(VisionTransformer):
         # Built once, used by all blocks and by the head.
         position_bias = self.shared_position_bias()  # [1, H, T, T], or None
 
-        # The whole sequence runs through the blocks, masked patches included (MAE leaves them out). Each masked patch
-        # asks its neighbours by attention what it may be. x is the state after the last block, [B, T, D];
-        # kept[l] is that after block l, [B, T, D], on its way through the same blocks.
+        # The whole sequence runs through the blocks, masked patches included (MAE leaves them out). In the
+        # place of a masked patch, attention gathers from the visible ones what may be there. x is the state after the
+        # last block, [B, T, D]. kept[l] is the state after block l, [B, T, D], of the same pass.
         x, kept = self.forward_blocks(self.embed(images, masked, self.mask_token), position_bias, (self.early_layers,))
 
         # Prediction 1. Only the masked patches are asked: [B, N, D] -> [B, M, D] -> [B, M, K]. A visible patch sees its
@@ -622,13 +630,14 @@ class Classifier(VisionTransformer):
 # Our names are those of the published code, so most of the published tensors load without any renaming:
 #
 #     patch_embed.proj                             the convolution of PatchEmbed
-#     cls_token, mask_token, pos_embed             what VisionTransformer.embed puts in, replaces by, and adds
+#     cls_token, mask_token, pos_embed             the vectors that VisionTransformer.embed uses
 #     rel_pos_bias.relative_position_bias_table    the table that all blocks share (a pre-trained model)
 #     blocks.N.attn.relative_position_bias_table   the table of each block (a fine-tuned model)
 #     blocks.N.{norm1, attn, gamma_1}              attention branch of block N, counted from 0; N + 1 in our comments
 #     blocks.N.{norm2, mlp, gamma_2}               its MLP branch
 #     norm, lm_head                                final norm and output layer, for both predictions
-#     cls_pt_layers.N                              blocks of the aggregation head
+#     cls_pt_layers.N                              blocks of the aggregation head, counted from 0
+#     cls_pt_norm, cls_pt_lm_head                  norm and output layer of a head that does not share them
 #     fc_norm, head                                norm after pooling and the linear layer of a Classifier
 #
 # load_pretrained does three things beyond copying. It copies a shared table into every block of a model that has one

@@ -337,7 +337,7 @@ def luminance(colour) -> float:
 
 
 def stroke(start, end, width: float) -> np.ndarray:
-    """The outline of a line with round ends, or of a dot where it ends where it starts."""
+    """The outline of a line with round ends. If start and end are the same point, it is a dot."""
     angle = np.degrees(np.arctan2(*(end - start)[::-1]))
     return np.concatenate([start + arc(width / 2, angle + 90, angle + 270, points=8),
                            end + arc(width / 2, angle - 90, angle + 90, points=8)])
@@ -349,7 +349,8 @@ def stroke(start, end, width: float) -> np.ndarray:
 # Why blocks: neighbouring patches look alike. If single patches were hidden, nearly every one would have visible
 # neighbours, and the model could guess its code from their colour and edges. It would not need to know what the image
 # shows. For 75 of 14 x 14 patches, 97 % of the masked patches have a visible neighbour to their side, above or below if
-# single patches are drawn, and 45 % with the blocks below. Inside a block, only knowing the object helps.
+# single patches are drawn, and 45 % with the blocks below. Deep inside a block, nothing nearby helps. The model has to
+# recognise the object, and to know how objects continue.
 #
 # Why 40 %: it is a compromise. With fewer masked patches, there is less to predict in each image, and it is easier.
 # With many more, too little is left to recognise the object by, and the input differs more from what the model sees
@@ -651,7 +652,7 @@ def with_plain_errors(loader: DataLoader):
 class ValView(Dataset):
     """view[index]: image uint8 [3, S, S], resized and cropped in the centre; label; index.
 
-    An image that cannot be read is a UserError; without `strict`, for training images, the next one takes its place.
+    An image that cannot be read is a UserError. If `strict` is False (for training images), the next one is taken.
     """
 
     def __init__(self, dataset, image_size: int, strict=True):
@@ -675,7 +676,7 @@ class ValView(Dataset):
 
 
 def load_strictly(load, dataset, index: int):
-    """load(index), where whatever a decoder raises becomes a UserError that names the image."""
+    """load(index). If the decoder fails, with any error, this raises a UserError that names the image."""
     try:
         return load(index)
     except UserError:
@@ -686,10 +687,11 @@ def load_strictly(load, dataset, index: int):
 
 
 class ValLoader:
-    """Batches of the view's images (or of those in `indices`), each once over all ranks: its dicts, collated.
+    """Batches of the view's images, or of those in `indices`. All ranks together have each image exactly once.
 
-    Rank r of W has positions r, r + W, ... No padding: a rank may have one image fewer than another. UserError if
-    there are more ranks than images; while iterating, if an image cannot be read. batch_size None: image by image.
+    Rank r of W has positions r, r + W, r + 2W, ... A rank may have one image fewer than another: if it were given one
+    more to make them equal, that image would count twice in the accuracy. With batch_size None, images come one by one.
+    UserError if there are more ranks than images, or, while iterating, if an image cannot be read.
     """
 
     def __init__(self, view: Dataset, batch_size: int | None, rank=None, world_size=None, workers=0, indices=None):

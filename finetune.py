@@ -61,7 +61,7 @@ class FinetuneConfig(engine.TrainConfig):
     layer_decay: Share = 0.65  # learning rate of a layer over that of the layer above it
     drop_path: Share = 0.1
     mean_pool: bool = True  # classify the mean of the patches; false: [CLS]
-    init_scale: Amount = 0.001  # of the head's first weights
+    init_scale: Amount = 0.001  # factor on the head's initial weights
     crop_scale: tuple[Share, Share] = (0.08, 1.0)  # area of the random crop over that of the image
     rand_augment: bool = True
     erase: Share = 0.25  # probability of random erasing
@@ -113,9 +113,10 @@ def finetune(config) -> None:
     # textures, which any task needs; late layers hold what is special to the task. With one rate for all, it would be
     # too high for the early layers or too low for the head. Block i of L, from 1, has the rate lr * decay^(L + 1 - i):
     #
-    #     L = 12, decay 0.65, lr 5e-4:   fc_norm, head   block 12   block 11   block 6   block 1   patch embedding, [CLS]
-    #         factor                     1               0.65       0.42       0.049     0.0057    0.0037
-    #         rate                       5e-4            3.3e-4     2.1e-4     2.5e-5    2.8e-6    1.8e-6
+    #     L = 12, decay 0.65, lr 5e-4
+    #               fc_norm, head   block 12   block 11   block 6   block 1   patch embedding, [CLS]
+    #     factor    1               0.65       0.42       0.049     0.0057    0.0037
+    #     rate      5e-4            3.3e-4     2.1e-4     2.5e-5    2.8e-6    1.8e-6
     #
     optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay, cfg.layer_decay), cfg)
     average = engine.MeanOfWeights(model, cfg.ema_decay) if cfg.ema_decay else None
@@ -132,6 +133,8 @@ def finetune(config) -> None:
         # A step is one update of the weights. If its batch does not fit into memory, it comes in several smaller
         # batches, whose gradients are added up.
         for micro_batches in run.steps(epoch):
+            # The rate rises from 0 during the warm-up, because AdamW has seen too few gradients at first to scale its
+            # steps well. Then it falls along half a cosine. Each parameter group multiplies it by its layer's factor.
             engine.set_lr(optimizer, lr[run.step])
             for batch in micro_batches:
                 # uint8 [B, 3, S, S] -> [0, 1] -> ImageNet's mean and deviation. The backbone was pre-trained on images
@@ -139,13 +142,15 @@ def finetune(config) -> None:
                 images = data.normalize(data.to_unit(batch["image"]))
                 if cfg.erase:
                     images = data.erase_boxes(images, batch["erase"])
-                # Mixing comes last, because it needs two finished images: each is mixed with another one of the batch.
+                # Mixing comes last because it needs two finished images: each is mixed with another one of the batch.
                 images, labels = mix(images, batch["label"])  # labels: int64 [B], or shares of the classes [B, classes]
+                # Matrix products run in half precision. `parallel` is the model. With several ranks it also averages
+                # the gradients over them in the backward pass.
                 with run.autocast():
                     logits = parallel(images)  # [B, classes]
-                # Label smoothing (arXiv 1512.00567): of the target, 0.9 goes to the right class and 0.1 to all classes in
-                # equal parts. A target of exactly 1 can never be reached: the logits would grow without end, and the
-                # model would be sure even of its mistakes. In float32, because half precision rounds small differences.
+                # Label smoothing (arXiv 1512.00567): 0.9 of the target goes to the right class, and 0.1 to all classes
+                # in equal parts. A target of exactly 1 can never be reached: the logits would grow without end, and the
+                # model would be sure even of its mistakes. In float32: half precision rounds small differences.
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=cfg.label_smoothing)
                 run.backward(loss)
                 # Accuracy on mixed images counts the class with the larger share. It is lower than that on validation
@@ -210,9 +215,9 @@ def evaluate(run: engine.Run, model: nn.Module, loader, columns: Tensor | None =
 # Act 2. Frozen features: nearest neighbours, linear probe
 #
 # Fine-tuning changes the backbone, so it does not show what pre-training alone has learned. Here the backbone stays as
-# it is, and each image becomes two vectors [D] after the final norm: [CLS], and the mean of the patches. Only the
-# aggregation head trains [CLS] in pre-training; plain masked prediction trains the patches. So comparing the two
-# shows what patch aggregation gives: with it, [CLS] should be at least as good (the paper's linear probe uses [CLS]).
+# it is, and each image becomes two vectors [D] after the final norm: [CLS], and the mean of the patches. In
+# pre-training, plain masked prediction trains the patches, and only the aggregation head asks anything of [CLS]. So
+# measuring both vectors, with the head and without it (pretrain.head_layers=0), shows what patch aggregation gives.
 
 
 def open_backbone(run: engine.Run) -> nn.Module:
@@ -227,7 +232,7 @@ def open_backbone(run: engine.Run) -> nn.Module:
 
 
 def frozen_features(run: engine.Run, model: nn.Module, dataset, strict=True) -> dict[str, Tensor]:
-    """Features of a data set's images as the validation crops them; see engine.extract_features."""
+    """Features of all images of a data set, resized and cropped as for validation; see engine.extract_features."""
     return engine.extract_features(run, lambda images: model(data.normalize(data.to_unit(images))),
                                    open_val_loader(run, dataset, strict), len(dataset))
 
