@@ -9,8 +9,21 @@ Parameter names are those of the published code, so its `.pth` files load key fo
 This file needs nothing but torch: copy it to use a trained model elsewhere.
 
 Paper: Peng et al., "BEiT v2: Masked Image Modeling with Vector-Quantized Visual Tokenizers", arXiv 2208.06366.
-Letters in the shape comments: B images, N patches, T = 1 + N tokens, D width, H heads, M masked patches per image,
-K codes in the codebook.
+It builds on BEiT (arXiv 2106.08254), from which the backbone and the masking come.
+
+Two words: a *token* is a vector of D numbers inside the network. A *code* is an integer from 0 to K-1 that the
+tokenizer of stage 1 gives to a patch. (The paper calls it a visual token.)
+
+The shape comments use these letters:
+
+    B   images in a batch
+    S   side of an image in pixels; images are square
+    N   patches of an image, (S / patch size)^2: 196 for 224 pixels and patches of 16
+    T   tokens of an image, 1 + N: the token [CLS] stands before the patches
+    D   width, the length of a token
+    H   attention heads
+    M   masked patches of an image: 75 in the paper
+    K   codes in the codebook: 8192 in the paper
 """
 
 import argparse
@@ -42,8 +55,8 @@ class ModelConfig:
     size: Literal["tiny", "small", "base", "large"] = "base"  # width, depth and heads; the three below override it
     embed_dim: Count | None = None  # width D
     depth: Count | None = None  # number of blocks
-    num_heads: Count | None = None  # attention heads; D must be a multiple
-    patch_size: Count = 16  # pixels; the image size must be a multiple
+    num_heads: Count | None = None  # attention heads; D must be a multiple of it
+    patch_size: Count = 16  # pixels; the image size must be a multiple of it
     mlp_ratio: Annotated[float, 0.1, math.inf] = 4.0  # hidden width of the MLP over D
     layer_scale: Annotated[float, 0.0, 1.0] = 0.1  # initial factor on each residual branch (1e-5 for large); 0: none
     rel_pos_bias: bool = True  # relative position bias: one table while pre-training, one per block afterwards
@@ -51,7 +64,10 @@ class ModelConfig:
     checkpoint_activations: bool = False  # recompute the blocks in the backward pass: less memory, a third more time
 
     def backbone(self, image_size: int, tables: Literal["shared", "per_block"] = "per_block") -> dict:
-        """Keyword arguments of `VisionTransformer` for this configuration; `tables` of position bias, if any."""
+        """Keyword arguments of `VisionTransformer` for this configuration.
+
+        tables   whether the blocks share one table of position bias, if the configuration has any
+        """
         return dimensions(self) | dict(
             image_size=image_size,
             rel_pos_bias=tables if self.rel_pos_bias else None,
@@ -64,18 +80,22 @@ class ModelConfig:
 
 
 def dimensions(section) -> dict[str, int]:
-    """Width, depth and heads of a section that has `size`, and may override it: the model's or the tokenizer's."""
+    """Width, depth and heads of a section, `model` or `tokenizer`: those of its `size`, unless it sets them itself."""
     width, depth, heads = SIZES[section.size]
     return dict(embed_dim=section.embed_dim or width, depth=section.depth or depth,
                 num_heads=section.num_heads or heads)
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# The parts of a block
+# Act 1. The parts of a block
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): drops a residual branch for whole images, and scales the others up."""
+    """Stochastic depth (arXiv 1603.09382): while training, some images skip a residual branch.
+
+    Each image skips it with probability `rate`. So no block can rely on what one certain branch adds, and a large
+    model overfits less. Dropout would zero single numbers; here the image really passes through a shallower network.
+    """
 
     def __init__(self, rate: float):
         super().__init__()
@@ -84,14 +104,22 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.rate == 0 or not self.training:
             return x
+        # x is the output of a branch, [B, T, D]. One random number decides for all tokens and channels of an image.
         keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.rate
-        return x * keep / (1 - self.rate)  # the expectation stays that of the full branch
+        # Evaluation uses every branch. The division makes the average over the random choices equal to that full
+        # branch. Without it, evaluation would add larger branches than the later blocks have been trained with.
+        return x * keep / (1 - self.rate)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with a bias on queries and values and, optionally, on relative positions.
 
-    The keys have no bias: it would add the same number to all logits of one query, and softmax ignores that.
+    Each head computes softmax(q k^T / sqrt(D/H) + position bias) v.
+
+    The keys have no bias, because it could not change anything. A bias b would turn the logit q . k_j of key j into
+    q . k_j + q . b. The second term is the same for all keys j of this query, and softmax ignores a number that is
+    added to all its inputs. So models that do have a key bias (CLIP, DINO) lose nothing when it is left out here.
+    A query bias does matter: it adds b . k_j, which differs from key to key. A value bias adds itself to the output.
     """
 
     def __init__(self, dim: int, num_heads: int, num_relative_positions: int = 0):
@@ -106,6 +134,7 @@ class Attention(nn.Module):
 
     def queries_keys_values(self, x: Tensor) -> Tensor:
         """Tokens [B, T, D] -> [3, B, H, T, D/H]."""
+        # One matrix product makes all three. In its bias, the part of the keys is zero.
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, qkv_bias)  # [B, T, 3D]
         return qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -113,9 +142,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, position_bias: Tensor | None) -> Tensor:
         q, k, v = self.queries_keys_values(x)
         if position_bias is not None:
-            position_bias = position_bias.to(q.dtype)  # half precision under autocast
+            position_bias = position_bias.to(q.dtype)  # q is in half precision under autocast
+        # PyTorch calls the argument attn_mask, but a mask of numbers is added to the logits. It hides nothing: every
+        # token sees every other one. The tokens of masked patches attend and are attended to like all the rest.
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=position_bias)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return self.proj(x.transpose(1, 2).flatten(2))  # the heads side by side again: [B, T, D]
 
 
 class QuickGELU(nn.Module):
@@ -126,6 +157,8 @@ class QuickGELU(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with a GELU between them, for each token on its own: [B, T, D] -> [B, T, D]."""
+
     def __init__(self, dim: int, hidden_dim: int, quick_gelu: bool):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
@@ -137,7 +170,17 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; `layer_scale` > 0 multiplies each branch by a learned vector (arXiv 2103.17239)."""
+    """A pre-norm transformer block: x = x + attention(norm(x)), then x = x + MLP(norm(x)).
+
+    Pre-norm means that the norm stands inside the branch. The sum x runs through all blocks and is never normed on
+    its way (the "residual stream"), so the gradient reaches the first block undisturbed. The first transformers
+    normed after each addition. Then every block rescales the gradient, and deep models easily diverge early on.
+
+    Layer scale (arXiv 2103.17239) multiplies each branch by a learned vector gamma [D], whose entries all start at
+    `layer_scale`: 0.1 in the base model, 1e-5 in the large one. So each block changes its input only a little at
+    first, and learns how much it should. Without it, 24 blocks that are still random would bury the image in noise.
+    With `layer_scale` 0 there is no gamma.
+    """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, layer_scale: float = 0.0,
                  drop_path: float = 0.0, norm_eps: float = 1e-6, quick_gelu: bool = False,
@@ -152,16 +195,19 @@ class Block(nn.Module):
         self.gamma_2 = nn.Parameter(torch.full([dim], layer_scale)) if layer_scale else None
 
     def forward(self, x: Tensor, position_bias: Tensor | None = None) -> Tensor:
-        branch = self.attn(self.norm1(x), position_bias)
+        # Attention is the only place where tokens exchange information. The MLP then works on each token alone.
+        branch = self.attn(self.norm1(x), position_bias)  # [B, T, D]
         x = x + self.drop_path(branch if self.gamma_1 is None else self.gamma_1 * branch)
         branch = self.mlp(self.norm2(x))
         return x + self.drop_path(branch if self.gamma_2 is None else self.gamma_2 * branch)
 
 
 class PatchEmbed(nn.Module):
-    """Cuts images into patches and projects each, by a convolution whose stride is its kernel.
+    """Cuts images into patches and projects each of them linearly: [B, C, S, S] -> [B, N, D], row by row.
 
-    [B, C, S, S] -> [B, N, D]
+    The convolution's stride equals its kernel, so that each patch meets the kernel exactly once. This is the same as
+    cutting out the patch, flattening it, and one linear layer. Patches do not overlap. Masking depends on that:
+    if they did, the pixels of a masked patch would leak through the tokens of its neighbours.
     """
 
     def __init__(self, patch_size: int, in_channels: int, dim: int):
@@ -173,7 +219,21 @@ class PatchEmbed(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """Holds the table that all blocks share, under its published name."""
+    """Holds the bias table of relative positions that all blocks share, under its published name.
+
+    Attention treats its tokens as a set: it cannot tell which patch lies where. The bias tells it. Each pair (query
+    patch, key patch) gets a learned number for each head, which is added to their logit. It depends only on how many
+    rows and columns lie between the two patches. So "the patch to my right" is learned once for all places.
+
+    The table has one row for each possible displacement: [(2 grid - 1)^2 + 3, H], 732 rows for a grid of 14 x 14.
+    `relative_position_index` says which row belongs to which pair.
+
+    In pre-training all blocks share one table ("shared"): it is small, and every block helps to train it. In
+    fine-tuning each block gets a table of its own ("per_block"), which starts as a copy of the shared one, so that
+    the function is unchanged at first. There, layer decay gives each block a learning rate of its own, and one shared
+    table could not follow twelve rates. With copies, the blocks may also come to differ. (The papers do so without
+    giving a reason; this reason is ours.)
+    """
 
     def __init__(self, num_relative_positions: int, num_heads: int):
         super().__init__()
@@ -181,40 +241,61 @@ class RelativePositionBias(nn.Module):
 
 
 def relative_position_index(grid: int) -> Tensor:
-    """For each pair (query token, key token), the row of the bias table that holds their bias. int64 [T, T]
+    """For each pair (query token, key token), the row of the bias table that holds their bias: int64 [T, T].
 
-    Two patches on a `grid` x `grid` image lie between -(grid-1) and grid-1 rows, and as many columns, apart: that
-    makes (2 grid - 1)^2 rows. Three more follow, for [CLS] to patch, patch to [CLS], and [CLS] to itself.
+    On an image of grid x grid patches, two patches are between -(grid-1) and grid-1 rows apart. So it is for columns.
+    That makes (2 grid - 1)^2 displacements, one row of the table for each. Three more rows follow, because [CLS] has
+    no place: one for the pairs [CLS] -> patch, one for patch -> [CLS], and one for [CLS] -> [CLS].
+
+    An example, grid = 2. The patches are numbered row by row:      0 1
+                                                                    2 3
+
+    Their rows differ by -1, 0 or 1, and so do their columns. These 3 x 3 = 9 displacements are rows 0 to 8 of the
+    table. Rows 9 to 11 are for [CLS]. Take query patch 3 and key patch 0. The query's place minus the key's is one row
+    and one column, (1, 1). Adding grid-1 = 1 makes both numbers start at 0: (2, 2). So the pair uses row 2 * 3 + 2 = 8
+    of the table. The whole index:
+
+                    key [CLS]   0    1    2    3
+        query [CLS]       11    9    9    9    9
+        query 0           10    4    3    1    0
+        query 1           10    5    4    2    1      The diagonal of the patches is 4: displacement (0, 0).
+        query 2           10    7    6    4    3      The pairs 0 -> 1 and 2 -> 3 both use row 3: in both
+        query 3           10    8    7    5    4      of them the key lies to the right of the query.
     """
     y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     y, x = y.flatten(), x.flatten()
     side = 2 * grid - 1
+    # Query minus key, shifted to start at 0.
     rows, columns = y[:, None] - y + grid - 1, x[:, None] - x + grid - 1  # [N, N], each in 0 .. side-1
     index = torch.empty(1 + grid**2, 1 + grid**2, dtype=torch.int64)
-    index[1:, 1:] = rows * side + columns
-    index[0, :] = side**2
-    index[:, 0] = side**2 + 1
+    index[1:, 1:] = rows * side + columns  # a two-digit number in base `side`: no two displacements share a row
+    index[0, :] = side**2  # the query is [CLS]
+    index[:, 0] = side**2 + 1  # the key is [CLS]
     index[0, 0] = side**2 + 2
     return index
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# The backbone
+# Act 2. The backbone
 
 
 class VisionTransformer(nn.Module):
-    """A Vision Transformer. Also every teacher: CLIP, DINO and DINOv2 differ in the switches at the end only.
+    """A Vision Transformer: images [B, C, S, S] -> embed -> blocks -> final norm -> tokens [B, T, D].
+
+    The teachers CLIP, DINO and DINOv2 are this class too. They only set the switches of the last line differently.
 
     image_size       pixels; images are square
     patch_size       pixels, divides image_size; N = (image_size / patch_size)^2
-    rel_pos_bias     "shared": one bias table for all blocks; "per_block": one for each; None
+    abs_pos_embed    add a learned vector to each token that says where it is (ViT's way; BEiT v2 leaves it out)
+    rel_pos_bias     "shared": one bias table for all blocks; "per_block": one for each; None: no bias
     layer_scale      initial value of gamma_1 and gamma_2, 0 for none
-    drop_path        rate of the last block, rising linearly from 0 at the first
+    drop_path        rate of the last block, rising linearly from 0 at the first: early blocks feed all others
     final_norm       False for models that bring a norm of their own (`fc_norm`)
-    pre_norm, quick_gelu, norm_eps, num_registers     what CLIP and DINOv2 have and BEiT has not
+    pre_norm, quick_gelu, norm_eps, num_registers     what CLIP and DINOv2 have, and BEiT does not
     """
 
-    # Parts of checkpoints that this model has no use for, and parts of its own that may begin untrained.
+    # For load_pretrained: the first names what this model leaves in a checkpoint because it has no use for it. The
+    # second names its own parts that may stay untrained if the checkpoint lacks them.
     droppable = ("mask_token", "lm_head.", "cls_pt_layers.", "cls_pt_norm.", "cls_pt_lm_head.", "head.")
     may_be_fresh = ()
 
@@ -246,6 +327,7 @@ class VisionTransformer(nn.Module):
 
         num_positions = (2 * self.grid - 1) ** 2 + 3 if rel_pos_bias else 0
         self.rel_pos_bias = RelativePositionBias(num_positions, num_heads) if rel_pos_bias == "shared" else None
+        # The index follows from the grid. It is no parameter, and no checkpoint needs to hold it.
         if rel_pos_bias:
             self.register_buffer("relative_position_index", relative_position_index(self.grid), persistent=False)
         self.block_options = dict(dim=embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio, layer_scale=layer_scale,
@@ -255,35 +337,56 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(drop_path=rate, **self.block_options) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps) if final_norm else nn.Identity()
 
-        # Tokenizer and classifier truncate at +-2 (so: never) and leave the patch convolution at PyTorch's default.
+        # Tokenizer and classifier cut off at +-2, which is 100 std: nothing is cut off. They leave the patch
+        # convolution at PyTorch's default. The published code does so, and MaskedImageModel does otherwise below.
         init_weights(self, truncate_at=2.0)
 
     def embed(self, images: Tensor, masked: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
-        """Images [B, C, S, S] to input tokens [B, T, D], the patches at `masked` [B, M] replaced by `mask_token`."""
+        """Images [B, C, S, S] to input tokens [B, T, D]. The patches at `masked` [B, M] become the `mask_token`."""
         x = self.patch_embed(images)  # [B, N, D]
         B, N, D = x.shape
+
+        # The mask token is one learned vector [D] for all masked patches (section 2.3). Why here?
+        # After the patch embedding: grey pixels instead would be embedded like a wall that is really grey. A vector of
+        # its own means "hidden" and nothing else. The pixels behind the mask go nowhere from here on.
+        # Before the positions: the model must know which patch it has to predict. If the mask token replaced the
+        # position embedding too, all masked patches would be the same vector, and get the same prediction.
+        # (BEiT v2 itself has no position embeddings, `pos_embed` is None. There the relative position bias says where
+        # each token is. It works inside attention, on masked patches as on all others.)
         if masked is not None:
             mask = torch.zeros(B, N, 1, dtype=torch.bool, device=x.device).scatter(1, masked[..., None], True)
             x = torch.where(mask, mask_token.to(x.dtype), x)
+
+        # [CLS] is a learned vector too, the same for all images. It has no patch: it is free to collect in the blocks
+        # what concerns the whole image. It is never masked.
         x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)  # [B, T, D]
         if self.pos_embed is not None:
             x = x + self.pos_embed
-        if self.num_registers:  # DINOv2 puts them after the positions were added: they have none
+        if self.num_registers:  # further tokens like [CLS]; DINOv2 adds them after the positions, so they have none
             x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], dim=1)
         return self.norm_pre(x)
 
     def position_bias(self, table: Tensor) -> Tensor:
-        """Spread a bias table [positions, H] over all pairs of tokens: [1, H, T, T]."""
+        """Look up the bias of all pairs of tokens in a table [displacements, H]: [1, H, T, T], for all images alike."""
         bias = F.embedding(self.relative_position_index, table)  # [T, T, H]
+        # PyTorch's fast attention needs the last dimension contiguous in memory.
         return bias.permute(2, 0, 1).contiguous()[None]
 
     def shared_position_bias(self) -> Tensor | None:
-        """The bias of the table that all blocks share, or None. Built once per forward pass, not once per block."""
+        """The bias of the table that all blocks share, or None if there is no such table.
+
+        The caller builds it once per forward pass and hands it to all blocks: twelve look-ups would give the same.
+        """
         if self.rel_pos_bias is None:
             return None
         return self.position_bias(self.rel_pos_bias.relative_position_bias_table)
 
     def run_block(self, block: Block, x: Tensor, position_bias: Tensor | None) -> Tensor:
+        """One block: [B, T, D] -> [B, T, D], with the shared `position_bias`, or with that of its own table.
+
+        With `checkpoint_activations` the backward pass computes the block a second time, instead of keeping all its
+        intermediate results in memory.
+        """
         if position_bias is None and hasattr(block.attn, "relative_position_bias_table"):
             position_bias = self.position_bias(block.attn.relative_position_bias_table)
         if self.checkpoint_activations and self.training:
@@ -292,7 +395,10 @@ class VisionTransformer(nn.Module):
 
     def forward_blocks(self, x: Tensor, position_bias: Tensor | None,
                        keep: tuple[int, ...] = ()) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run all blocks. Returns the last hidden state [B, T, D], and those after the blocks in `keep`, from 1."""
+        """Run all blocks. Returns the last hidden state [B, T, D], and those after the blocks that `keep` names.
+
+        Blocks are counted from 1 here, as in the paper: 9 means after the ninth block. No norm has touched these.
+        """
         kept = {}
         for layer, block in enumerate(self.blocks, start=1):
             x = self.run_block(block, x, position_bias)
@@ -301,7 +407,10 @@ class VisionTransformer(nn.Module):
         return x, kept
 
     def features(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] to normed tokens [B, T, D]: [CLS], then the patches row by row. No registers."""
+        """Images [B, 3, S, S] to normed tokens [B, T, D]: [CLS], then the patches row by row. Registers are left out.
+
+        The final norm is needed because no block norms the residual stream, whose size grows from block to block.
+        """
         x, _ = self.forward_blocks(self.embed(images), self.shared_position_bias())
         x = self.norm(x)
         return torch.cat([x[:, :1], x[:, 1 + self.num_registers:]], dim=1) if self.num_registers else x
@@ -312,17 +421,24 @@ class VisionTransformer(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: nn.Module, truncate_at: float, convolutions: bool = False, std: float = 0.02) -> None:
-    """Normal weights of `std`, cut off at +-`truncate_at`; zero biases; deeper residual branches start smaller.
+    """Draw normal weights of `std`, cut off at +-`truncate_at`, and set biases to zero.
 
-    Of block i (from 1), attn.proj and mlp.fc2 are divided by sqrt(2 i), so that the residual stream's variance
-    does not grow with depth. Norms keep ones and zeros, layer scales and bias tables their constants.
+    The residual branches of the blocks then become smaller with depth: see shrink_residual_branches.
+
+    Why a cut-off: a normal distribution now and then gives a weight of four or five std. Among 86 million weights
+    some are that large, and a few large ones can make the first steps unstable. BEiT (section 2.5) wants all weights
+    within [-0.02, 0.02]. The published code draws with std 0.02 and cuts off at +-0.02, that is at +-1 std. What is
+    left has a standard deviation of 0.011.
+
+    What is not named here keeps its constants: norms ones and zeros, layer scales theirs, bias tables zeros.
     """
     def truncated_normal_(tensor: Tensor) -> None:
         if truncate_at > 6 * std:  # nothing to cut off
             tensor.normal_(std=std)
         else:
-            # Through the inverse of the distribution function. nn.init.trunc_normal_ draws anew whatever lies outside,
-            # and at +-1 std that takes half a minute for a base model.
+            # Uniform numbers go through the inverse of the distribution function, which gives normal ones at once.
+            # nn.init.trunc_normal_ instead draws again until no number lies outside. At +-1 std a third of them do,
+            # and a base model takes half a minute.
             edge = math.erf(truncate_at / std / math.sqrt(2))
             tensor.uniform_(-edge, edge).erfinv_().mul_(std * math.sqrt(2)).clamp_(-truncate_at, truncate_at)
 
@@ -340,24 +456,45 @@ def init_weights(model: nn.Module, truncate_at: float, convolutions: bool = Fals
 
 @torch.no_grad()
 def shrink_residual_branches(block: Block, layer: int) -> None:
+    """Divide the last linear layer of both branches of block `layer` (from 1) by sqrt(2 layer) (BEiT, section 2.5).
+
+    Each block adds two branches to the residual stream. Say that each has the variance v before it is divided. After
+    12 blocks the stream would have gained 24 v, and the embedding of the patch would be a small part of it. Divided,
+    both branches of block i add v / (2i) each, so v / i together. After 12 blocks that is v (1 + 1/2 + ... + 1/12),
+    which is 3.1 v. The number 2 layer counts the branches up to here.
+    """
     block.attn.proj.weight /= math.sqrt(2 * layer)
     block.mlp.fc2.weight /= math.sqrt(2 * layer)
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Stage 2: masked image modeling with patch aggregation
+# Act 3. Stage 2: masked image modeling with patch aggregation
 
 
 class MaskedImageModel(VisionTransformer):
-    """The pre-training model (paper section 2.3): predicts the visual tokens of masked patches, twice.
+    """The pre-training model (paper section 2.3): it predicts the codes of the masked patches, twice.
 
-    The backbone predicts them from its last layer. The aggregation head predicts them again from the *final* [CLS]
-    and the patch tokens of the *early* layer `early_layers` (counted from 1). Early patches know little of the
-    image's content, so what the head lacks must come through [CLS]: that is how [CLS] learns what the image means
-    although no label ever speaks of it. The head is thrown away afterwards.
+    The first prediction is BEiT's. It comes from the patch tokens of the last layer. It trains the patches well, but
+    [CLS] badly: no loss looks at [CLS], so nothing asks it to say what the image is about.
+
+    The second prediction is new in BEiT v2 and is called patch aggregation. A small transformer, the aggregation
+    head, gets the *final* [CLS] and the patch tokens of the *early* layer l, and predicts the same codes again.
+
+        patches ──► blocks 1 ... l ──► blocks l+1 ... L ──► patch tokens ──► norm, lm_head ──► codes     (1)
+                          │                   └───────────► [CLS] ──┐
+                          └──────► early patch tokens ──────────────┴──► head ──► norm, lm_head ──► codes     (2)
+
+    Why [CLS] cannot cheat: what the blocks after l find out can reach the head in one way only, through [CLS]. The
+    final patch tokens are not shown to it. The early ones have combined less of the image, and the head, with its
+    two layers, cannot do the work of the missing blocks. So the loss goes down only if [CLS] carries what the early
+    patches do not know. And one vector cannot hold the answers for all the masked patches one by one. It has to
+    say what helps with all of them: what the image shows. That is how [CLS] learns this without any label.
+
+    If l were L, the head would see the final patches, and could do without [CLS]. If the head were deep, it could
+    compute what is missing by itself. In both cases [CLS] would learn little. After training, the head is thrown away.
 
     vocab_size       K, the codebook size
-    early_layers     l of the paper: 9 for base, 21 for large
+    early_layers     l of the paper, counted from 1: 9 of 12 for base, 21 of 24 for large
     head_layers      depth of the aggregation head; 0: no head, plain masked prediction (not in the published code)
     shared_lm_head   both predictions go through the same final norm and the same output layer
     """
@@ -373,39 +510,59 @@ class MaskedImageModel(VisionTransformer):
         self.early_layers, self.head_layers = early_layers, head_layers
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
         self.lm_head = nn.Linear(self.embed_dim, vocab_size)
-        # Pre-training cuts its normal init off at +-1 std, the patch convolution included.
+        # The parent class has drawn its weights already. They are drawn again, because in pre-training the published
+        # code cuts the normal init off at +-1 std, also that of the patch convolution.
         init_weights(self, truncate_at=0.02, convolutions=True)
 
-        # The head's layers come after that, so they keep PyTorch's default init, then shrink by their own depth.
+        # The head's layers are made after init_weights has run. So their linear layers keep PyTorch's default init, as
+        # in the published code. The head continues from the early patches, as blocks l+1, l+2, ... do. So its layers
+        # have the drop path rates of these blocks, and their branches are divided by the same numbers.
         rates = torch.linspace(0, drop_path, max(self.depth, early_layers + head_layers)).tolist()
         self.cls_pt_layers = nn.ModuleList()
         for layer in range(1, head_layers + 1):
             block = Block(drop_path=rates[early_layers + layer - 1], **self.block_options)
             shrink_residual_branches(block, early_layers + layer)
             self.cls_pt_layers.append(block)
+        # The paper shares the final norm and the output layer between both predictions, and found that better than
+        # separate ones. Both then speak the same language: the head must bring its tokens into the space in which the
+        # backbone's patches are read. A separate output layer could learn a reading that only the head uses, and what
+        # it learned would be thrown away with the head. This branch is for trying just that.
         if head_layers and not shared_lm_head:
             self.cls_pt_norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
             self.cls_pt_lm_head = nn.Linear(self.embed_dim, vocab_size)
             init_weights(self.cls_pt_lm_head, truncate_at=0.02)
 
     def forward(self, images: Tensor, masked: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Predict the codes behind the masked patches.
+        """Predict the codes of the masked patches: p(code | visible patches) = softmax of these logits (equation 3).
 
         images   [B, 3, S, S], normalised
-        masked   int64 [B, M], ascending positions of the masked patches: as many in each image, so that every
-                 shape is static (see `masked_positions`)
+        masked   int64 [B, M], ascending positions of the masked patches, 0 to N-1. M is the same number for each image,
+                 so that every shape is static (see `masked_positions`)
         returns  logits [B, M, K] of the backbone, and of the aggregation head (None without one)
         """
-        position_bias = self.shared_position_bias()
+        # Built once, used by all blocks and by the head.
+        position_bias = self.shared_position_bias()  # [1, H, T, T], or None
+
+        # The whole sequence runs through the blocks, masked patches included (MAE leaves them out). In the
+        # place of a masked patch, attention gathers from the visible ones what may be there. x is the state after the
+        # last block, [B, T, D]. kept[l] is the state after block l, [B, T, D], of the same pass.
         x, kept = self.forward_blocks(self.embed(images, masked, self.mask_token), position_bias, (self.early_layers,))
+
+        # Prediction 1. Only the masked patches are asked: [B, N, D] -> [B, M, D] -> [B, M, K]. A visible patch sees its
+        # own pixels, so naming its code would be an exercise in copying. Picking before the norm and the output layer
+        # also saves 60 % of the largest matrix product of the model: D x 8192 for each token.
         logits = self.lm_head(self.norm(take(x[:, 1:], masked)))
         if not self.head_layers:
             return logits, None
 
-        # Figure 3 of the paper: the final [CLS] beside the early patch tokens.
+        # Prediction 2. The final [CLS] takes the place of the early one, in front of the early patch tokens: [B, T, D].
+        # Nothing is detached. The gradient of this loss reaches blocks l+1 ... L through [CLS] alone, and blocks
+        # 1 ... l through the early patches too.
         x = torch.cat([x[:, :1], kept[self.early_layers][:, 1:]], dim=1)
+        # In the head, each masked patch reads from [CLS] what its early token does not know.
         for block in self.cls_pt_layers:
             x = self.run_block(block, x, position_bias)
+        # Norm and output layer are those of the backbone, unless the head has its own.
         norm = getattr(self, "cls_pt_norm", self.norm)
         lm_head = getattr(self, "cls_pt_lm_head", self.lm_head)
         return logits, lm_head(norm(take(x[:, 1:], masked)))
@@ -414,32 +571,43 @@ class MaskedImageModel(VisionTransformer):
 def masked_positions(mask: Tensor, num_masked: int) -> Tensor:
     """Positions [B, M], ascending, of the True entries of a mask [B, N] that has exactly `num_masked` in each row.
 
-    A sort has a static shape; `nonzero` would make the host wait for the device to count.
+    A stable sort brings the True entries to the front and keeps their order. Its result has the same shape whatever
+    the mask holds. `nonzero` would be the usual way, but the size of its result depends on the values: on a GPU the
+    program would have to wait in every step until the device has counted, and a compiled graph would break there.
     """
     return mask.byte().sort(dim=1, descending=True, stable=True).indices[:, :num_masked]
 
 
 def take(tokens: Tensor, positions: Tensor) -> Tensor:
-    """Pick the tokens [B, M, D] at `positions` [B, M] of [B, N, D]."""
+    """Pick from tokens [B, N, D] those at `positions` [B, M] of each image: [B, M, D]."""
     return tokens.gather(1, positions[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Stage 3: classification
+# Act 4. Stage 3: classification
 
 
 class Classifier(VisionTransformer):
     """The fine-tuning model: the mean of the patch tokens (or [CLS]) through a norm and a linear layer.
 
-    mean_pool    True: `fc_norm` after the mean of the patches; False: the final `norm`, then [CLS]
-    init_scale   the head's weights start this much smaller, so that all classes begin equally likely
+    Fine-tuning trains all blocks, so the pooling may be chosen freely. BEiT and BEiT v2 take the mean of the patches:
+    pre-training asked each patch token directly what is at its place, and a mean of all of them is a stable summary.
+
+    The head's weights start 1000 times smaller than usual. A head with random weights of the usual size would say
+    something definite and wrong, and send a large random gradient into the pre-trained backbone. The gradient that
+    reaches the backbone is multiplied by the head's weights. With tiny ones, all classes begin equally likely
+    (a loss of log(classes)), the backbone stays almost as it is, and the head learns first.
+
+    mean_pool    True: the mean of the patches, then `fc_norm`; False: the final `norm`, then [CLS]
+    init_scale   factor on the head's initial weights
     """
 
     may_be_fresh = ("head.", "fc_norm.")
 
     def __init__(self, num_classes: int, mean_pool: bool = True, init_scale: float = 0.001, **backbone):
         super().__init__(final_norm=not mean_pool, **backbone)
-        # The pre-trained norm has learned [CLS] and patches together; their mean gets a fresh norm of its own.
+        # The pre-trained norm was trained on single tokens. A mean of tokens has a smaller spread, because what differs
+        # between patches cancels. So the mean gets a fresh norm of its own, and the pre-trained one is left behind.
         if mean_pool:
             self.droppable = (*self.droppable, "norm.")
         self.fc_norm = nn.LayerNorm(self.embed_dim, eps=1e-6) if mean_pool else None
@@ -451,14 +619,32 @@ class Classifier(VisionTransformer):
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, S, S] to logits [B, classes]."""
         tokens = self.features(images)  # [B, T, D]
+        # [B, D]. With mean_pool the backbone's final norm is the identity, and the norm comes after the mean.
         pooled = self.fc_norm(tokens[:, 1:].mean(dim=1)) if self.fc_norm is not None else tokens[:, 0]
         return self.head(pooled)
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# Act 5. Checkpoints
+#
+# Our names are those of the published code, so most of the published tensors load without any renaming:
+#
+#     patch_embed.proj                             the convolution of PatchEmbed
+#     cls_token, mask_token, pos_embed             the vectors that VisionTransformer.embed uses
+#     rel_pos_bias.relative_position_bias_table    the table that all blocks share (a pre-trained model)
+#     blocks.N.attn.relative_position_bias_table   the table of each block (a fine-tuned model)
+#     blocks.N.{norm1, attn, gamma_1}              attention branch of block N, counted from 0; N + 1 in our comments
+#     blocks.N.{norm2, mlp, gamma_2}               its MLP branch
+#     norm, lm_head                                final norm and output layer, for both predictions
+#     cls_pt_layers.N                              blocks of the aggregation head, counted from 0
+#     cls_pt_norm, cls_pt_lm_head                  norm and output layer of a head that does not share them
+#     fc_norm, head                                norm after pooling and the linear layer of a Classifier
+#
+# load_pretrained does three things beyond copying. It copies a shared table into every block of a model that has one
+# for each. It resizes position tables to another number of patches. And it drops by name what the model does not need.
 
-# What checkpoints (ours and the published ones) carry beside the parameters of any model.
+# What checkpoints (ours and the published ones) hold beside the parameters of a model, and no model needs: an index
+# that follows from the grid, counters of the codebook's training, and the teacher that only the training needs.
 ALWAYS_DROPPED_ENDS = ("relative_position_index", "quantize.cluster_size", "quantize.embedding.initted",
                        "quantize.embedding.cluster_size", "quantize.embedding.embed_avg")
 ALWAYS_DROPPED_STARTS = ("teacher", "scaling", "loss")
@@ -471,14 +657,15 @@ class LoadReport:
     source: str
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)  # position tables and embeddings, brought to another grid
-    dropped: list[str] = field(default_factory=list)  # in the checkpoint, of no use to the model
+    dropped: list[str] = field(default_factory=list)  # in the checkpoint, but not needed by the model
     fresh: list[str] = field(default_factory=list)  # in the model, not in the checkpoint: left as initialised
 
     def __str__(self) -> str:
         parts = [f"loaded {len(self.loaded)} tensors from {self.source}"]
         for verb in ("resized", "dropped", "fresh"):
             if names := getattr(self, verb):
-                # Of many, one word for all tensors of a kind: of positions the name's last part, of others its first.
+                # More than two names are shortened to one word for each kind of tensor: "blocks.3.mlp.fc1.weight" to
+                # its first part, "blocks", and position tables to their last part, which says more.
                 if len(names) > 2:
                     names = {name.split(".")[-1 if "pos" in name.split(".")[-1] else 0] for name in names}
                 parts.append(f"{verb} {len(getattr(self, verb))} ({', '.join(sorted(names))})")
@@ -486,8 +673,9 @@ class LoadReport:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint file onto the CPU. It can hold tensors and plain values, but never run code.
+    """Read a checkpoint file onto the CPU. Only tensors and plain values are read; code in the file is never run.
 
+    An ordinary pickle file can run any program when it is opened, so a downloaded one is a risk (`weights_only`).
     Raises ModelError in one sentence if the file is missing, truncated, or holds anything else.
     """
     if not Path(path).is_file():
@@ -495,7 +683,7 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         with torch.serialization.safe_globals(plain_types()):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch lets out whatever a broken file makes its unpickler trip over
+    except Exception as error:  # a broken file can raise nearly any type of error while torch reads it
         reason = str(error).strip().split("WeightsUnpickler error: ")[-1].splitlines() or [type(error).__name__]
         raise ModelError(f"'{path}' cannot be read as a checkpoint; it is truncated, or no file of tensors and plain "
                          f"values: copy or download it again ({reason[0][:200]})") from error
@@ -505,10 +693,13 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def read_model(path: str | Path, section: str, here) -> dict:
-    """`read_checkpoint` for a model of the dimensions `here`: a configuration's section, named `section` in the file.
+    """Read a checkpoint and compare its dimensions with those of `here`, a section of the configuration.
 
-    Tensors of another shape would be refused later anyway. But another number of heads fits, and computes something
-    else. Published files do not say their dimensions, and pass. Raises ModelError, which names what differs.
+    section   the name under which the file holds the section that it was made with
+
+    A tensor of another shape is refused later anyway (load_pretrained). Another number of heads is not: all shapes
+    fit, but the model computes something else. So it is compared here. Published files do not say how many heads they
+    have, and are not checked. Raises ModelError, which names what differs.
     """
     content = read_checkpoint(path)
     saved = content.get("config", {}).get(section)
@@ -522,7 +713,7 @@ def read_model(path: str | Path, section: str, here) -> dict:
 
 
 def plain_types() -> list:
-    """What official files hold beside tensors, none of it code: argparse's namespace and numpy's scalars."""
+    """The types that published files hold beside tensors: argparse's namespace, numpy's scalars. None of it is code."""
     import numpy as np
 
     module = np._core if hasattr(np, "_core") else np.core  # numpy 2 moved it; files of both kinds exist
@@ -532,7 +723,8 @@ def plain_types() -> list:
 
 
 def model_state(content: dict, source: str) -> dict[str, Tensor]:
-    """The named tensors of a checkpoint: its "model" (ours, BEiT), "module" (DeepSpeed), or the whole of it."""
+    """The named tensors of a checkpoint. They are its entry "model" (ours, BEiT's), "module" (DeepSpeed's) or
+    "state_dict", or the whole dictionary if it has none of these entries."""
     for key in ("model", "module", "state_dict"):
         if isinstance(content.get(key), dict):
             content = content[key]
@@ -547,10 +739,12 @@ def model_state(content: dict, source: str) -> dict[str, Tensor]:
 def load_pretrained(model: nn.Module, checkpoint: str | Path | dict, source: str | None = None) -> LoadReport:
     """Load a checkpoint (a path, or a dictionary already read) into any model of this project.
 
-    Reads our own and the official checkpoints of all three stages. A bias table that all blocks share is copied
+    Reads our own and the published checkpoints of all three stages. A bias table that all blocks share is copied
     into every block of a model with one table each. Tables and position embeddings of another grid are resized.
-    Everything else must fit: a tensor that the model neither expects nor names in `model.droppable`, one of another
-    shape, or a parameter that is missing and not in `model.may_be_fresh` raises ModelError, which names them.
+
+    Everything else must fit, because a model with one layer missing still runs, and only its results are bad.
+    ModelError names the tensors if one is not expected (and not in `model.droppable`), if one has another shape,
+    or if one is missing (and not in `model.may_be_fresh`).
     """
     if not isinstance(checkpoint, dict):
         source, checkpoint = str(checkpoint), read_checkpoint(checkpoint)
@@ -559,6 +753,7 @@ def load_pretrained(model: nn.Module, checkpoint: str | Path | dict, source: str
     target = model.state_dict()
     droppable, may_be_fresh = getattr(model, "droppable", ()), getattr(model, "may_be_fresh", ())
 
+    # From pre-training to fine-tuning: one table becomes one for each block (see RelativePositionBias).
     shared = "rel_pos_bias.relative_position_bias_table"
     per_block = [name for name in target if name.endswith("attn.relative_position_bias_table")]
     if per_block and shared in state and shared not in target:
@@ -596,9 +791,10 @@ def load_pretrained(model: nn.Module, checkpoint: str | Path | dict, source: str
 
 
 def timm_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A backbone or classifier as timm's `beitv2_*` models want it, for `timm.create_model(..., checkpoint_path=...)`.
+    """The tensors of a backbone or classifier as timm's `beitv2_*` models expect them.
 
-    timm took over the published names, but has a bias table in each block and no heads of pre-training.
+    Use: `timm.create_model(..., checkpoint_path=...)`. timm uses the published names too. But its models have a bias
+    table in each block, and no part that only pre-training needs.
     """
     shared = state.get("rel_pos_bias.relative_position_bias_table")
     kept = {name: value for name, value in state.items()
@@ -613,7 +809,9 @@ def timm_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def resize_positions(name: str, value: Tensor, target: Tensor) -> Tensor:
     """Bring a bias table [(2g-1)^2 + 3, H] or position embedding [1, 1 + g^2, D] to the target's grid, bicubically.
 
-    What belongs to [CLS] is kept as it is. Anything else, and what fits already, is returned untouched.
+    Fine-tuning on larger images gives more patches, so more displacements and places. Interpolating what was learned
+    gives neighbouring places similar values, as they were before. What belongs to [CLS] has no place, and is kept.
+    A tensor that fits already, or that holds no positions, is returned as it is.
     """
     if value.shape == target.shape or value.ndim != target.ndim or value.shape[-1] != target.shape[-1]:
         return value

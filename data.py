@@ -3,9 +3,13 @@
     worker:  decode -> random resized crop -> flip -> uint8          (class TrainView)
     device:  colour jitter -> normalise -> random erasing            (the functions at the end)
 
-Every random choice of a training sample (crop, flip, jitter factors, mask, erased box) is drawn in the
-worker from a generator seeded by (seed, epoch, index) and travels with the sample. A run is therefore the
-same for any number of workers, and can continue in the middle of an epoch without any saved state.
+A worker is a process that prepares samples while the device computes. The work is divided between them like this:
+what needs the decoded file, or shrinks it, is done by the worker. What is the same simple arithmetic for each pixel is
+done by the device, for a whole batch at once. Images travel as uint8, a quarter of the bytes of float32.
+
+Every random choice of a training sample (crop, flip, jitter factors, mask, erased box) is drawn in the worker from a
+generator seeded by (seed, epoch, index), and is part of the sample, also where the device carries it out. A run is
+therefore the same for any number of workers, and can continue in the middle of an epoch without any saved state.
 """
 
 import functools
@@ -86,8 +90,9 @@ class Images:
     """
 
     def __init__(self, sources, labels, classes: list[str], title: str):
-        # One block of bytes instead of a million Python strings: reading a string touches its reference
-        # count, so each forked worker would end with a copy of the whole list.
+        # The paths are one array of bytes instead of a million Python strings. Workers share the memory of the main
+        # process until they write to it. But reading a Python string already writes to it, because Python counts its
+        # references. So each worker would end with a copy of the whole list.
         self.is_files = not isinstance(sources, np.ndarray)
         self.sources = np.array([os.fsencode(path) for path in sources]) if self.is_files else sources
         self.labels = np.asarray(labels, dtype=np.int64)
@@ -111,7 +116,7 @@ class Images:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB: 16 bits are scaled (PIL would clip them), transparency lies on white."""
+    """Any PIL image as 8-bit RGB. 16 bits are scaled to 8 (PIL would clip them). Transparent parts become white."""
     if image.mode.startswith("I"):  # 16-bit grey; older Pillow hands it out as 32-bit "I"
         image = Image.fromarray((np.asarray(image).astype(np.int64) / 257).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -214,8 +219,8 @@ def one_line(error: Exception) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Act 2: `shapes`, a data set without files. The class is the shape; colour, texture, size, rotation,
-# position, background and clutter are noise, so that pixels alone tell a linear model little.
+# Act 2: `shapes`, a data set without files, drawn by this code. The class of an image is its shape. Colour, texture,
+# size, rotation, position, background and clutter are random, so that a linear model on pixels learns little.
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -340,7 +345,7 @@ def luminance(colour) -> float:
 
 
 def stroke(start, end, width: float) -> np.ndarray:
-    """The outline of a line with round ends, or of a dot where it ends where it starts."""
+    """The outline of a line with round ends. If start and end are the same point, it is a dot."""
     angle = np.degrees(np.arctan2(*(end - start)[::-1]))
     return np.concatenate([start + arc(width / 2, angle + 90, angle + 270, points=8),
                            end + arc(width / 2, angle - 90, angle + 90, points=8)])
@@ -348,34 +353,57 @@ def stroke(start, end, width: float) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------------------
 # Act 3: block-wise masks (BEiT, arXiv 2106.08254, algorithm 1), with a constant number of masked patches.
+#
+# Why blocks: neighbouring patches look alike. If single patches were hidden, nearly every one would have visible
+# neighbours, and the model could guess its code from their colour and edges. It would not need to know what the image
+# shows. For 75 of 14 x 14 patches, 97 % of the masked patches have a visible neighbour to their side, above or below if
+# single patches are drawn, and 45 % with the blocks below. Deep inside a block, nothing nearby helps. The model has to
+# recognise the object, and to know how objects continue.
+#
+# Why 40 %: it is a compromise. With fewer masked patches, there is less to predict in each image, and it is easier.
+# With many more, too little is left to recognise the object by, and the input differs more from what the model sees
+# after pre-training, when nothing is masked.
+#
+# Why the same number in each image: masked positions, codes and logits of a batch then are whole tensors, [B, M] and
+# [B, M, K], of the same shape in every step. With a number that varies, they would need padding or lists, the compiled
+# model would be compiled again and again, and the host would have to wait for the device to learn the sizes.
 # ---------------------------------------------------------------------------------------------------------
 
 
 def block_mask(grid: int, num_masked: int, min_block: int = 16,
                generator: torch.Generator | None = None) -> torch.Tensor:
-    """bool [grid * grid] with exactly `num_masked` True, mostly in rectangles of `min_block` patches or more.
+    """bool [grid * grid], row by row, with exactly `num_masked` True, mostly in rectangles of `min_block` or more.
 
-    UserError when there are fewer than `num_masked` patches. Without a generator, torch's default one.
+    The paper masks 75 of 14 x 14 patches (38 %) in blocks of at least 16. Random numbers come from the `generator`, or
+    from torch's default one. UserError when there are fewer than `num_masked` patches.
     """
     check_num_masked(num_masked, grid)
     mask = torch.zeros(grid, grid, dtype=torch.bool)
+    # Add random rectangles until enough patches are masked. Near the end, most rectangles are too large for what is
+    # left. After ten of them in a row that do not fit, give up, or the loop might never end.
     tries, masked = 0, 0
     while masked < num_masked and tries < 10:
         tries += 1
         area, aspect, y, x = torch.rand(4, generator=generator).tolist()
-        area = min_block + area * (num_masked - masked - min_block)  # uniform between the minimum and what is left
-        aspect = math.exp((2 * aspect - 1) * math.log(1 / 0.3))  # log-uniform in [0.3, 1 / 0.3]
+        # The area in patches is uniform between the minimum and what is still to be masked.
+        area = min_block + area * (num_masked - masked - min_block)
+        # The aspect ratio height / width is between 0.3 and 1 / 0.3. It is uniform in its logarithm, so that a flat
+        # block is as likely as a tall one. A uniform number from 0.3 to 3.3 would be above 1 three times out of four.
+        aspect = math.exp((2 * aspect - 1) * math.log(1 / 0.3))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if height >= grid or width >= grid:
+        if height >= grid or width >= grid:  # a block never covers a whole row or column (as published)
             continue
         top, left = int(y * (grid - height + 1)), int(x * (grid - width + 1))
         block = mask[top:top + height, left:left + width]
+        # Blocks may overlap. Only the patches that were visible count, and there must not be too many of them.
         new = block.numel() - int(block.sum())
         if 0 < new <= num_masked - masked:
             block.fill_(True)
             tries, masked = 0, masked + new
 
-    # The paper stops "near" the target; a constant number gives every batch the same static shape.
+    # A few patches are still missing, and no block was small enough. Draw single ones, so that the number is exact.
+    # (Algorithm 1 of BEiT stops as soon as 40 % are exceeded, so its number varies. The published code of BEiT v2
+    # completes the mask as we do here.)
     mask = mask.flatten()
     free = (~mask).nonzero().flatten()
     mask[free[torch.randperm(len(free), generator=generator)[:num_masked - masked]]] = True
@@ -383,6 +411,7 @@ def block_mask(grid: int, num_masked: int, min_block: int = 16,
 
 
 def check_num_masked(num_masked: int, grid: int):
+    """UserError if an image of grid x grid patches has fewer than `num_masked`."""
     if num_masked > grid * grid:
         raise UserError(f"num_masked: {num_masked} masked patches are more than the {grid * grid} patches of the image "
                         f"({grid} x {grid}): lower the number of masked patches, or raise data.image_size")
@@ -394,7 +423,13 @@ def check_num_masked(num_masked: int, grid: int):
 
 
 class SampleView(Dataset):
-    """view[epoch, index] is what `draw(index)` makes of an image, the same whenever and wherever it is drawn."""
+    """view[epoch, index] is what `draw(index)` of a subclass makes of an image, with random numbers of its own.
+
+    The numbers come from a generator that is seeded by (seed, epoch, index) for this one sample. So the sample is the
+    same whichever worker makes it and whatever was made before it. If the samples of a worker shared one generator,
+    each would depend on how many came before. Then another number of workers would give other crops and masks, and an
+    interrupted run could continue exactly only if it had saved the state of the generator of every worker.
+    """
 
     def __init__(self, dataset, seed: int):
         self.dataset, self.seed = dataset, seed
@@ -407,9 +442,15 @@ class SampleView(Dataset):
         return self.seeded(lambda: self.draw(index), epoch, index)
 
     def seeded(self, draw, *numbers: int):
-        """What `draw()` gives when torch's default CPU generator, from which torchvision draws, starts at `numbers`."""
-        # `torch.manual_seed` would reach for the GPU's generators too, which belong to the training loop.
+        """What `draw()` gives when torch's default CPU generator starts at these numbers, which make one seed.
+
+        torchvision's transforms take no generator; they draw from the default one of the CPU. So that one is seeded for
+        this sample, and fork_rng restores it afterwards: the training loop draws from it too. `torch.manual_seed` would
+        also change the generators of the GPUs, which belong to the training loop.
+        """
         with torch.random.fork_rng(devices=[]):
+            # The hash makes one seed of the numbers. Their sum would give (epoch 1, image 2) and (epoch 2, image 1) the
+            # same crop and mask.
             sample_seed = np.random.SeedSequence((self.seed, *numbers)).generate_state(1, np.uint64)
             torch.default_generator.manual_seed(int(sample_seed[0]))
             return draw()
@@ -418,7 +459,11 @@ class SampleView(Dataset):
         return self.dataset.load(index)
 
     def load_or_replace(self, index: int) -> tuple:
-        """What `load` gives, or, if it cannot be read, for a random other image; its index; the unreadable names."""
+        """What `load` gives; the index of the image; the names of images that could not be read, one a line.
+
+        A random other image takes the place of one that cannot be read, so that a single broken file in a million does
+        not end a run of days. It is drawn from the sample's own generator, so it is the same one every time.
+        """
         unreadable = []
         for _ in range(10):
             try:
@@ -432,7 +477,7 @@ class SampleView(Dataset):
 
 
 class TrainView(SampleView):
-    """view[epoch, index], for classification and pre-training, holds:
+    """A training sample for classification and pre-training. view[epoch, index] is a dictionary with these entries:
 
     image   uint8 [3, S, S], a random resized crop, flipped half the time
     label   int64, the class; index: int64, the image's place in the data set
@@ -440,8 +485,10 @@ class TrainView(SampleView):
     mask    bool [mask_grid ** 2], `num_masked` of them True              (if num_masked > 0)
     erase   int64 [5], a box as top, left, height, width (height 0: none), and which noise fills it, see
             erase_boxes                                                  (if erase, a probability, > 0)
-    unreadable  "" or the names, one a line, of images that could not be read, in whose place this one came
+    unreadable  "" or the names, one a line, of unreadable images that this one replaces
     NAME    what the cache `attached[NAME]` holds for this crop            (if views > 0)
+
+    Pre-training uses crop, flip, jitter and mask. Fine-tuning uses crop, flip, RandAugment and erase.
 
     With `views` V > 0, an image has V crops in all: `image` in epoch e is that of epoch e mod V. So what a frozen
     network says of it can be computed once, see `Cache`. Jitter, mask and erased box are drawn anew in each epoch.
@@ -459,7 +506,8 @@ class TrainView(SampleView):
         self.drawn: dict[int, dict] = {}  # crops that come back are kept, up to 256 MiB in each process
         self.crop_scale, self.jitter, self.erase = crop_scale, jitter, erase
         self.num_masked, self.mask_grid, self.min_block = num_masked, mask_grid, min_block
-        # With 11 bins, magnitude 9 means timm's angles and strengths (`rand-m9-mstd0.5-inc1` without its noise).
+        # RandAugment (arXiv 1909.13719): two random operations, such as rotate or posterize. With 11 bins, magnitude 9
+        # means the angles and strengths of timm, which the paper used (`rand-m9-mstd0.5-inc1`, without its noise).
         mean_colour = [round(255 * channel) for channel in IMAGENET_MEAN]
         self.rand_augment = v2.RandAugment(2, 9, 11, interpolation=BICUBIC, fill=mean_colour) if rand_augment else None
 
@@ -483,11 +531,15 @@ class TrainView(SampleView):
         return self.drawn[row]
 
     def draw(self, index: int) -> dict:
+        """Make one sample. The order of the draws is fixed: another order gives other samples for the same seed."""
         sample = self.draw_crop(index)
         return sample | self.draw_rest(sample["image"])
 
     def draw_crop(self, index: int) -> dict:
         image, index, unreadable = self.load_or_replace(index)
+        # Random resized crop: a box whose area is a random share of the image (`crop_scale`), resized to [S, S]. The
+        # model meets objects at many sizes and places. In pre-training the share starts at 0.2, not at 0.08: a very
+        # small crop leaves little context from which a hidden patch can be told. Bicubic, as in evaluation.
         box = RandomResizedCrop.get_params(image, self.crop_scale, (3 / 4, 4 / 3))
         image = TF.resized_crop(image, *box, [self.size, self.size], BICUBIC)
         if torch.rand(()) < 0.5:
@@ -498,6 +550,7 @@ class TrainView(SampleView):
                 "unreadable": unreadable}
 
     def draw_rest(self, image: torch.Tensor) -> dict:
+        """Three factors between 1 - jitter and 1 + jitter, a mask, a box: all are drawn here and used by the device."""
         sample = {}
         if self.jitter > 0:
             sample["jitter"] = torch.empty(3).uniform_(max(0.0, 1 - self.jitter), 1 + self.jitter)
@@ -508,7 +561,11 @@ class TrainView(SampleView):
         return sample
 
     def erased_box(self, image: torch.Tensor) -> torch.Tensor:
-        """Random erasing (arXiv 1708.04896): a box of 2 to 33 % of the image. The device fills it."""
+        """Random erasing (arXiv 1708.04896): a box of 2 to 33 % of the image, int64 [5]. The device fills it.
+
+        The class must then be recognised by what is left. A model that relies on one part only, such as the head of a
+        dog, fails when the box hides it, and learns to look at the rest too.
+        """
         if torch.rand(()) < self.erase:
             top, left, height, width, _ = RandomErasing.get_params(image, (0.02, 1 / 3), (0.3, 3.3), [0.0])
             if height < self.size:  # else no box was found, and torchvision returns the whole image
@@ -519,10 +576,14 @@ class TrainView(SampleView):
 class TrainLoader:
     """Epochs of device batches of `view`: shuffled, in the same order for any number of ranks and workers.
 
-    batch_size is that of one device batch: global batch / (ranks * accumulation steps). Rank r of W takes the
-    positions r, r + W, ... of the epoch's order, so that batch b of all ranks together is batch b of a single
-    process with the whole batch. What does not fill a batch at the end of an epoch is left out. rank and
-    world_size are those of the process group, unless given.
+    A rank is one of W training processes, usually one for each GPU. batch_size is that of one device batch: global
+    batch / (ranks * accumulation steps). Rank r takes the positions r, r + W, r + 2W, ... of the shuffled order. So the
+    batches number b of all ranks hold together the images that a single process with the whole batch would take as its
+    batch b: an experiment means the same on one GPU and on eight. If each rank took one long piece of the order
+    instead, every batch would be another one.
+
+    Images that do not fill a batch at the end of an epoch are left out, so that all batches have one shape. Each epoch
+    is shuffled anew, so others are left out next time. rank and world_size default to those of the process group.
     """
 
     def __init__(self, view: TrainView, batch_size: int, seed: int, rank=None, world_size=None, workers=0):
@@ -539,9 +600,10 @@ class TrainLoader:
                                  **loader_options(workers))
 
     def epoch(self, epoch: int, start: int = 0):
-        """Yields the epoch's collated batches (dicts of tensors, see TrainView) from number `start` on.
+        """Yields the batches of an epoch from number `start` on: TrainView's entries, as tensors [B, ...].
 
-        UserError when more than 1 % of the images turn out to be unreadable.
+        A resumed run starts in the middle: batches before `start` are skipped by their numbers, and nothing is
+        decoded for them. UserError when more than 1 % of the images turn out to be unreadable.
         """
         self.batches.epoch, self.batches.start = epoch, start
         for batch in with_plain_errors(self.loader):
@@ -553,20 +615,22 @@ class TrainLoader:
             if name and name not in self.unreadable:
                 self.unreadable.add(name)
                 print(f"warning: '{name}' cannot be read, replaced by another image", file=sys.stderr)
-        share = len(self.view) / self.world_size  # in one epoch, each rank meets this many images
+        # A few broken files do no harm. Many mean that something is wrong, such as a disk or an unfinished copy.
+        share = len(self.view) / self.world_size  # how many images this rank reads in an epoch
         if len(self.unreadable) > 0.01 * share:
             raise UserError(f"{len(self.unreadable)} of {share:.0f} training images cannot be read, among them "
                             f"'{min(self.unreadable)}': that is more than 1 %, so repair or remove them first")
 
 
 class Rounds:
-    """The endless sequence of a TrainLoader's epochs, cut into rounds of `steps` each, for runs that count steps.
+    """Rounds of `steps` steps each, for runs that count steps instead of epochs (segment.py).
 
-    A step takes `accumulation` batches. What does not fill a step at the end of an epoch is left out.
+    Takes the batches of a TrainLoader's epochs, one epoch after the other without end. A step takes `accumulation`
+    batches. Batches that do not fill a step at the end of an epoch are left out.
     """
 
     def __init__(self, loader: TrainLoader, steps: int, accumulation: int):
-        self.loader, self.batches_per_epoch = loader, steps * accumulation  # here: of a round
+        self.loader, self.batches_per_epoch = loader, steps * accumulation  # a round plays the part of an epoch
         self.whole = loader.batches_per_epoch // accumulation * accumulation
         if self.whole == 0:
             raise UserError("the training set is smaller than one batch: lower the batch size or add images")
@@ -582,7 +646,11 @@ class Rounds:
 
 
 class EpochBatches:
-    """The batch sampler: lists of (epoch, index), set to an epoch and a first batch before each pass."""
+    """The batch sampler: it gives the workers lists of (epoch, index), one list for each batch.
+
+    TrainLoader sets `epoch` and `start` before each pass. The order of an epoch follows from (seed, epoch) alone. The
+    epoch is handed on with each index, because the worker needs it to seed the sample.
+    """
 
     def __init__(self, view: TrainView, batch_size: int, seed: int, rank: int, world_size: int):
         self.sampler = DistributedSampler(view, world_size, rank, shuffle=True, seed=seed, drop_last=True)
@@ -596,23 +664,29 @@ class EpochBatches:
 
 
 def loader_options(workers: int) -> dict:
-    # The generator: a DataLoader draws a seed for its workers, and must not take it from the training loop's.
+    """Options that all loaders share."""
+    # A DataLoader draws a seed for its workers. Without a generator of its own it would take it from the default one,
+    # and so change the random numbers of the training loop.
     return dict(num_workers=min(workers, engine.cores()), worker_init_fn=start_worker,
                 pin_memory=torch.cuda.is_available(), generator=torch.Generator())
 
 
 def start_worker(_: int):
-    for number in (signal.SIGINT, signal.SIGTERM):  # these are for the parent, which saves and then ends its workers
+    """Prepare a new worker process."""
+    # Ctrl-C reaches all processes of a terminal. Only the main one reacts: it saves, then ends its workers.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    # There are as many workers as cores. If each used several threads, they would only take turns.
     torch.set_num_threads(1)
 
 
 def with_plain_errors(loader: DataLoader):
-    """The loader's batches. A UserError of a worker comes wrapped in its traceback: unwrap the sentence."""
+    """The loader's batches. PyTorch wraps a worker's UserError into its traceback; this gets the sentence out again."""
     try:
         yield from loader
     except UserError as error:
-        # torch leaves a reference cycle in the traceback, whose collection would wait 5 s for each worker.
+        # The traceback holds the loader in a reference cycle. Python would clean it up late, and then wait 5 s for each
+        # worker. Without the traceback, the workers end at once.
         error.__traceback__ = None
         raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
 
@@ -625,7 +699,7 @@ def with_plain_errors(loader: DataLoader):
 class ValView(Dataset):
     """view[index]: image uint8 [3, S, S], resized and cropped in the centre; label; index; what `attached` caches hold.
 
-    An image that cannot be read is a UserError; without `strict`, for training images, the next one takes its place.
+    An image that cannot be read is a UserError. If `strict` is False (for training images), the next one is taken.
     """
 
     def __init__(self, dataset, image_size: int, strict=True):
@@ -642,7 +716,8 @@ class ValView(Dataset):
             if self.strict:
                 raise
             return self[(index + 1) % len(self)]
-        # The usual margin of 256 / 224 around the crop; large inputs leave none, as in the paper's evaluation.
+        # The shorter side becomes 256/224 of the crop, so that a margin is cut off: objects are mostly in the middle.
+        # From 384 pixels up there is no margin, as in the paper's evaluation.
         shorter_side = round(self.size * 256 / 224) if self.size < 384 else self.size
         image = TF.center_crop(TF.resize(image, [shorter_side], BICUBIC), [self.size, self.size])
         sample = {"image": TF.pil_to_tensor(image), "label": self.dataset.label(index), "index": index}
@@ -650,7 +725,7 @@ class ValView(Dataset):
 
 
 def load_strictly(load, dataset, index: int):
-    """load(index), where whatever a decoder raises becomes a UserError that names the image."""
+    """load(index). If the decoder fails, with any error, this raises a UserError that names the image."""
     try:
         return load(index)
     except UserError:
@@ -661,17 +736,18 @@ def load_strictly(load, dataset, index: int):
 
 
 class ValLoader:
-    """Batches of the view's images (or of those in `indices`), each once over all ranks: its dicts, collated.
+    """Batches of the view's images, or of those in `indices`. All ranks together have each image exactly once.
 
-    Rank r of W has positions r, r + W, ... No padding: a rank may have one image fewer than another. UserError if
-    there are more ranks than images; while iterating, if an image cannot be read. batch_size None: image by image.
+    Rank r of W has positions r, r + W, r + 2W, ... A rank may have one image fewer than another: if it were given one
+    more to make them equal, that image would count twice in the accuracy. With batch_size None, images come one by one.
+    UserError if there are more ranks than images, or, while iterating, if an image cannot be read.
     """
 
     def __init__(self, view: Dataset, batch_size: int | None, rank=None, world_size=None, workers=0, indices=None):
         rank = engine.rank() if rank is None else rank
         world_size = engine.world_size() if world_size is None else world_size
         self.chosen = range(len(view)) if indices is None else indices
-        if len(self.chosen) < world_size:  # said on every rank, or the others would wait for this one for ever
+        if len(self.chosen) < world_size:  # every rank raises it; else the others would wait for this one forever
             raise UserError(f"{len(self.chosen)} image(s) to evaluate cannot be shared by {world_size} processes: use "
                             f"fewer processes, or add validation images")
         mine = self.chosen[rank::world_size]
@@ -709,14 +785,14 @@ class FixedCrops(Dataset):
 class Cache:
     """One value for each image of a data set that never changes, in a memory-mapped file that all ranks share.
 
-    A frozen teacher says the same of the same crop each time, and takes longer to say it than a small student takes to
-    learn from it. So it is asked once. cache[row] is the value of one image, a tensor of this `shape` on the CPU.
+    A frozen teacher says the same of the same crop each time. On a small machine this takes longer than a small student
+    needs to learn from it. So each crop is shown to it once. cache[row] is the value of one image, a tensor of this `shape` on the CPU.
 
     folder   FOLDER/NAME-DIGEST receives values.npy, done.npy and about.json. The digest is that of `about`, of the
              number of images and of some of their pixels: other images, crops, seeds, sizes or networks have another.
     images   Dataset of {"image": uint8 [3, S, S]}
     about    what else the values depend on, in plain values
-    empty    fills the file before the values come, so that a full disk shows at once and not in the middle
+    shape    of one value; dtype: numpy's name of its type
     """
 
     def __init__(self, folder: Path, name: str, images: Dataset, about: dict, shape: tuple[int, ...], dtype: str):
@@ -807,7 +883,12 @@ def cache_folder(config) -> Path | None:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Act 7: on the device, a whole batch at once, and never a wait for it.
+# Act 7: augmentation on the device, for a whole batch at once.
+#
+# In pre-training, student and tokenizer must look at the same pixels, jitter included. Else the codes to be predicted
+# would describe other colours than the student sees. They differ only in how they normalise: so the images stay in
+# [0, 1] until each model gets them. Everything here is arithmetic on tensors of a fixed shape. No function reads a
+# value back from the device, so the host never has to wait for it.
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -819,10 +900,19 @@ def to_unit(images: torch.Tensor) -> torch.Tensor:
 def color_jitter(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """images [B, 3, H, W] uint8 or in [0, 1], factors [B, 3] of brightness, contrast, saturation -> [0, 1].
 
-    Like torchvision's adjust_* one after the other, but with a factor per image.
+    Colours change with the light, and say little about what an object is. Jitter keeps the model from relying on them.
+    This is torchvision's adjust_brightness, _contrast and _saturation one after the other, but with factors of its own
+    for each image: torchvision would need a loop over the batch.
+
+    It comes after the crop, and here instead of in the worker. The crop needs the decoded file, so it stays in the
+    worker, and after it fewer pixels are left to change. Decoding keeps the workers busy enough; for the device this
+    is little work. (The published code jitters the whole image before the crop, in a random order of operations. There
+    the mean grey for the contrast is that of the whole image, and here that of the crop.)
     """
     brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)  # each [B, 1, 1, 1]
     images = (to_unit(images) * brightness).clamp(0, 1)
+    # Contrast is the distance from the mean grey of the image, saturation that from the grey of the pixel. A factor
+    # below 1 shrinks the distance, one above 1 stretches it. Each step clamps to [0, 1], as stored images would.
     mean_grey = grey(images).mean(dim=(2, 3), keepdim=True)  # [B, 1, 1, 1]
     images = (mean_grey + contrast * (images - mean_grey)).clamp(0, 1)
     greys = grey(images)  # [B, 1, H, W]
@@ -830,12 +920,16 @@ def color_jitter(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 
 
 def grey(images: torch.Tensor) -> torch.Tensor:
+    """[B, 3, H, W] -> [B, 1, H, W]. Green looks brighter than blue to the eye: the weights of ITU-R 601 say so."""
     red, green, blue = images.split(1, dim=1)
     return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
 def normalize(images: torch.Tensor, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> torch.Tensor:
-    """Images in [0, 1] to a model's mean and standard deviation, three numbers each."""
+    """Shift and scale images in [0, 1] by a mean and a standard deviation for each channel, those that a model expects.
+
+    Every model must get the numbers it was trained with. Other ones would change all colours and contrasts for it.
+    """
     return (images - channels(tuple(mean), images.device)) / channels(tuple(std), images.device)
 
 
@@ -845,11 +939,16 @@ def channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
 
 
 def erase_boxes(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """Normalised images [B, 3, H, W] with each one's box full of standard normal noise, a value per pixel and channel.
+    """Fill the box of each normalised image [B, 3, H, W] with noise, for random erasing.
 
-    boxes   int64 [B, 5]: top, left, height, width, and where the image's noise starts in `noise_bank`: the sample
-            brings it along, so that its noise is the same on any number of ranks
+    Each pixel and channel gets a standard normal number. Normalised pixels have about mean 0 and deviation 1 too, so
+    the noise keeps these. A box of one colour would look like an object.
+
+    boxes   int64 [B, 5]: top, left, height, width, and where in `noise_bank` the noise of this image starts. The start
+            is a part of the sample, so that an image gets the same noise on any number of ranks
     """
+    # All coordinates are compared with all boxes at once. Writing into a slice of each image would need a loop, and the
+    # boxes as Python numbers on the host.
     top, left, height, width, start = boxes[:, :, None].unbind(1)  # each [B, 1]
     y = torch.arange(images.shape[2], device=images.device)
     x = torch.arange(images.shape[3], device=images.device)
@@ -865,4 +964,9 @@ NOISE = 2**20  # places in the bank where an image's noise may start
 
 @functools.cache
 def noise_bank(pixels: int, device: torch.device) -> torch.Tensor:
+    """[NOISE + pixels] standard normal numbers, drawn once, always the same.
+
+    Drawing new noise in each step would take it from the generator of the rank's device. Then the noise of an image
+    would depend on which rank has it, and on which images came before.
+    """
     return torch.randn(NOISE + pixels, generator=torch.Generator().manual_seed(0)).to(device)

@@ -1,5 +1,11 @@
 """Stage 3, classification: what the pre-trained backbone is worth (paper section 3.2).
 
+There are three ways to measure it. Each asks for something else:
+
+    finetune        train all layers on labelled images, gently: how good a start has pre-training given?
+    linear_probe    train one linear layer on frozen features: can the classes be separated by planes?
+    knn             train nothing: do images of one class lie next to each other?
+
     torchrun finetune.py configs/demo.yaml                                   # fine-tune all layers
     torchrun finetune.py configs/demo.yaml finetune.weights=none             # the same from scratch, to compare
     torchrun finetune.py configs/demo.yaml finetune.mode=linear_probe        # a linear classifier on frozen features
@@ -7,14 +13,14 @@
     torchrun finetune.py configs/demo.yaml finetune.mode=report              # a table of all of the above
     torchrun finetune.py configs/base.yaml finetune.eval_only=true finetune.weights=PATH_OR_URL
 
-And to use what was trained, on photos of your own:
+To use what was trained, on photos of your own:
 
     torchrun finetune.py configs/demo.yaml finetune.mode=predict finetune.images=PHOTO_OR_FOLDER    # five best classes
     torchrun finetune.py configs/demo.yaml finetune.mode=features finetune.images=PHOTO_OR_FOLDER   # as a tensor file
     torchrun finetune.py configs/demo.yaml finetune.mode=export     # weights for the published code, and for timm
 
-Writes OUTPUT_DIR/MODE/, or OUTPUT_DIR/MODE_scratch/ for `weights: none`: metrics.jsonl, and last.pt and best.pt where
-something is trained.
+Writes metrics.jsonl into OUTPUT_DIR/MODE/, or into OUTPUT_DIR/MODE_scratch/ for `weights: none`. Modes that train
+write last.pt there too, and fine-tuning also best.pt.
 """
 
 import dataclasses
@@ -40,7 +46,8 @@ class FinetuneConfig(engine.TrainConfig):
 
     mode: Literal["finetune", "linear_probe", "knn", "report", "predict", "features", "export"] = "finetune"
     # Path or URL. Empty: OUTPUT_DIR/pretrain/last.pt, or finetune/best.pt for eval_only, predict, features and export.
-    weights: str = ""  # none: an untrained backbone, or for these modes the run that started from one
+    # none: an untrained backbone, or, for these four, what was fine-tuned from an untrained backbone.
+    weights: str = ""
     eval_only: bool = False  # only validate, on images whose classes may be some of those that the model knows
     classes_file: str = ""  # names of the model's classes, one a line, where its checkpoint does not hold them
     images: str = ""  # predict and features: an image, a folder, or a pattern such as *.jpg
@@ -51,15 +58,15 @@ class FinetuneConfig(engine.TrainConfig):
     min_lr: Amount = 1e-6
     warmup_epochs: Amount = 20
     betas: tuple[Share, Share] = (0.9, 0.999)
-    layer_decay: Share = 0.65  # a layer learns this much slower than the one above it
+    layer_decay: Share = 0.65  # learning rate of a layer over that of the layer above it
     drop_path: Share = 0.1
     mean_pool: bool = True  # classify the mean of the patches; false: [CLS]
-    init_scale: Amount = 0.001  # of the head's first weights
+    init_scale: Amount = 0.001  # factor on the head's initial weights
     crop_scale: tuple[Share, Share] = (0.08, 1.0)  # area of the random crop over that of the image
     rand_augment: bool = True
     erase: Share = 0.25  # probability of random erasing
     mixup: Amount = 0.8  # alpha of its beta distribution; 0: off
-    cutmix: Amount = 1.0  # likewise; with both on, a coin decides for each batch
+    cutmix: Amount = 1.0  # likewise; with both on, each batch gets one of them at random
     label_smoothing: Share = 0.1
     ema_decay: Share = 0.0  # evaluate a moving average of the weights; 0: the weights themselves
     probe_epochs: Count = 50  # linear_probe only
@@ -80,10 +87,15 @@ def main() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Full fine-tuning
+# Act 1. Full fine-tuning
+#
+# All layers are trained on labelled images. Two dangers decide how. The first steps can destroy what pre-training has
+# learned, because the new head still sends meaningless gradients: hence a tiny initial head, a long warm-up, and layer
+# decay. And 86 million weights can learn a million images by heart: hence augmentation, mixing, and soft labels.
 
 
 def finetune(config) -> None:
+    """Fine-tune a classifier from pre-trained weights; validate after every epoch and keep the best."""
     cfg, size = config.finetune, config.data.image_size
     run = engine.Run(stage_folder(cfg), config, cfg)
     train_set, val_set = data.open_datasets(config.data)
@@ -92,9 +104,20 @@ def finetune(config) -> None:
 
     model = Classifier(num_classes, cfg.mean_pool, cfg.init_scale, drop_path=cfg.drop_path,
                        **config.model.backbone(size))
+    # The backbone comes from pre-training: its one bias table is copied into every block. Mask token, output layer and
+    # aggregation head are dropped. `fc_norm` and `head` stay as initialised.
     load_weights(config, model, train_set.classes)
     model.to(run.device)
     parallel = run.prepare(model)
+    # Layer decay: each layer learns at `layer_decay` times the rate of the layer above it. Early layers see edges and
+    # textures, which any task needs; late layers hold what is special to the task. With one rate for all, it would be
+    # too high for the early layers or too low for the head. Block i of L, from 1, has the rate lr * decay^(L + 1 - i):
+    #
+    #     L = 12, decay 0.65, lr 5e-4
+    #               fc_norm, head   block 12   block 11   block 6   block 1   patch embedding, [CLS]
+    #     factor    1               0.65       0.42       0.049     0.0057    0.0037
+    #     rate      5e-4            3.3e-4     2.1e-4     2.5e-5    2.8e-6    1.8e-6
+    #
     optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay, cfg.layer_decay), cfg)
     average = engine.MeanOfWeights(model, cfg.ema_decay) if cfg.ema_decay else None
 
@@ -107,23 +130,38 @@ def finetune(config) -> None:
 
     for epoch in run.epochs():
         parallel.train()
+        # A step is one update of the weights. If its batch does not fit into memory, it comes in several smaller
+        # batches, whose gradients are added up.
         for micro_batches in run.steps(epoch):
+            # The rate rises from 0 during the warm-up, because AdamW has seen too few gradients at first to scale its
+            # steps well. Then it falls along half a cosine. Each parameter group multiplies it by its layer's factor.
             engine.set_lr(optimizer, lr[run.step])
             for batch in micro_batches:
+                # uint8 [B, 3, S, S] -> [0, 1] -> ImageNet's mean and deviation. The backbone was pre-trained on images
+                # normalised like this; with other numbers its features would be worse from the start.
                 images = data.normalize(data.to_unit(batch["image"]))
                 if cfg.erase:
                     images = data.erase_boxes(images, batch["erase"])
+                # Mixing comes last because it needs two finished images: each is mixed with another one of the batch.
                 images, labels = mix(images, batch["label"])  # labels: int64 [B], or shares of the classes [B, classes]
+                # Matrix products run in half precision. `parallel` is the model. With several ranks it also averages
+                # the gradients over them in the backward pass.
                 with run.autocast():
-                    logits = parallel(images)
+                    logits = parallel(images)  # [B, classes]
+                # Label smoothing (arXiv 1512.00567): 0.9 of the target goes to the right class, and 0.1 to all classes
+                # in equal parts. A target of exactly 1 can never be reached: the logits would grow without end, and the
+                # model would be sure even of its mistakes. In float32: half precision rounds small differences.
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=cfg.label_smoothing)
                 run.backward(loss)
+                # Accuracy on mixed images counts the class with the larger share. It is lower than that on validation
+                # images, which are not mixed, and serves only to see whether anything is learned.
                 main_label = labels.argmax(dim=1) if labels.ndim == 2 else labels
                 run.record(loss=loss, accuracy=(logits.argmax(dim=1) == main_label).float().mean())
             run.optimizer_step(optimizer)
             if average:
                 average.update(model)
 
+        # A moving average of the weights often does better than the last weights, which still jump with each batch.
         evaluated = average.model if average else model
         figures = evaluate(run, evaluated, val_loader)
         if figures["top1"] > run.best:
@@ -134,7 +172,16 @@ def finetune(config) -> None:
 
 
 def batch_mixer(cfg: FinetuneConfig, num_classes: int):
-    """MixUp, CutMix, one of them by a coin, or neither: (images, labels) -> (images, labels)."""
+    """A function (images [B, 3, S, S], labels [B]) -> (mixed images, labels [B, classes]): MixUp or CutMix.
+
+    MixUp (arXiv 1710.09412) adds two images, lam * a + (1 - lam) * b. CutMix (arXiv 1905.04899) pastes a rectangle of b
+    into a. The label has the same shares: lam of a's class and 1 - lam of b's (for CutMix, shares of the area). lam
+    comes from a beta distribution with parameter alpha, anew for each batch.
+
+    Both make new images in every epoch, so that the training set cannot be learned by heart, and both ask for a
+    prediction that changes gradually between classes. CutMix also hides parts, as random erasing does. With both on,
+    one is chosen at random for each batch. With both off, images and labels stay as they are.
+    """
     kinds = ((v2.MixUp, cfg.mixup), (v2.CutMix, cfg.cutmix))
     mixers = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0]
     return v2.RandomChoice(mixers) if mixers else lambda images, labels: (images, labels)
@@ -142,11 +189,15 @@ def batch_mixer(cfg: FinetuneConfig, num_classes: int):
 
 @torch.no_grad()
 def evaluate(run: engine.Run, model: nn.Module, loader, columns: Tensor | None = None) -> dict[str, float]:
-    """Loss, and top-1 and top-5 accuracy in [0,1], over the validation images; each counts once, however many ranks.
+    """Loss, and top-1 and top-5 accuracy in [0,1], over the validation images.
+
+    Each image counts once, for any number of ranks: every rank adds up its own images, then the sums are added over the
+    ranks and divided by the number of images. A mean of the ranks' means would be wrong, as one may have an image less.
 
     columns   which logits belong to the labels 0, 1, 2, ... of the images; None: all, in order
     """
     model.eval()
+    # The sums stay on the device until the end. Reading them in each batch would make the host wait each time.
     sums = torch.zeros(4, dtype=torch.float64, device=run.device)  # loss, hits at 1, hits at 5, images
     for batch in loader:
         images, labels = (batch[key].to(run.device, non_blocking=True) for key in ("image", "label"))
@@ -161,11 +212,19 @@ def evaluate(run: engine.Run, model: nn.Module, loader, columns: Tensor | None =
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Frozen features: nearest neighbours, linear probe
+# Act 2. Frozen features: nearest neighbours, linear probe
+#
+# Fine-tuning changes the backbone, so it does not show what pre-training alone has learned. Here the backbone stays as
+# it is, and each image becomes two vectors [D] after the final norm: [CLS], and the mean of the patches. In
+# pre-training, plain masked prediction trains the patches, and only the aggregation head asks anything of [CLS]. So
+# measuring both vectors, with the head and without it (pretrain.head_layers=0), shows what patch aggregation gives.
 
 
 def open_backbone(run: engine.Run) -> nn.Module:
-    """The frozen backbone with its final norm, as a function of uint8 images: tokens [B, T, D]."""
+    """The frozen backbone with its final norm: normalised images [B, 3, S, S] -> tokens [B, T, D].
+
+    No parameter gets a gradient, and nothing is random: an image always has the same features.
+    """
     config = run.config
     model = VisionTransformer(**config.model.backbone(config.data.image_size))
     load_weights(config, model)
@@ -173,13 +232,17 @@ def open_backbone(run: engine.Run) -> nn.Module:
 
 
 def frozen_features(run: engine.Run, model: nn.Module, dataset, strict=True) -> dict[str, Tensor]:
-    """Features of a data set's images as the validation crops them; see engine.extract_features."""
+    """Features of all images of a data set, resized and cropped as for validation; see engine.extract_features."""
     return engine.extract_features(run, lambda images: model(data.normalize(data.to_unit(images))),
                                    open_val_loader(run, dataset, strict), len(dataset))
 
 
 def knn(config) -> None:
-    """k-NN accuracy of [CLS] and mean patch: validation images against all training images."""
+    """k-NN accuracy of [CLS] and mean patch.
+
+    Each validation image gets the class that its nearest training images vote for. Nothing is trained and nothing
+    tuned, so the figure is the same every time, and takes one pass over the images.
+    """
     run = engine.Run(stage_folder(config.finetune), config, config.finetune)
     train_set, val_set = data.open_datasets(config.data)
     model = open_backbone(run)
@@ -192,7 +255,14 @@ def knn(config) -> None:
 class LinearProbes(nn.Module):
     """One linear classifier for each feature ([CLS], mean patch) and learning rate, on features that BatchNorm scales.
 
-    The norm has no parameters of its own: without it, each backbone would need learning rates of another order.
+    The numbers of a feature can be small in one backbone and large in another, and differ from channel to channel. SGD
+    learns fast where they are large and hardly at all where they are small. So each backbone would need other learning
+    rates, and a comparison would measure these. BatchNorm gives every channel mean 0 and deviation 1 (as MAE does,
+    arXiv 2111.06377). It has no parameters of its own: a scale and a shift before a linear layer could only do what
+    the weights and the bias of that layer can do already.
+
+    The best learning rate is not known beforehand. The features cost nearly all the time and are the same for all
+    heads, so six rates cost hardly more than one.
     """
 
     def __init__(self, dim: int, num_classes: int, num_lrs: int):
@@ -215,7 +285,10 @@ class LinearProbes(nn.Module):
 
 @torch.no_grad()
 def pool(run: engine.Run, backbone: nn.Module, images: Tensor) -> Tensor:
-    """uint8 images [B, 3, S, S] -> [CLS] and the mean of the patches, float32 [B, 2, D]."""
+    """uint8 images [B, 3, S, S] -> [CLS] and the mean of the patches, float32 [B, 2, D].
+
+    Without gradients: the backbone is frozen, and keeping its hidden states would only cost memory.
+    """
     with run.autocast():
         tokens = backbone(data.normalize(data.to_unit(images))).float()
     return torch.stack([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)
@@ -232,8 +305,11 @@ def cached_features(run: engine.Run, backbone: nn.Module, crops: data.FixedCrops
 def linear_probe(config) -> None:
     """Train linear classifiers on the frozen features of augmented images, with all learning rates in one pass.
 
-    The heads are so small that every rank trains all of them on the whole batch, gathered in order: nothing then
-    depends on the number of ranks, BatchNorm included.
+    The only augmentation is crop and flip: a linear layer is too small to learn the images by heart.
+
+    Each rank computes the features of its part of the batch. Then all ranks exchange them, and every rank trains all
+    heads on the whole batch, in the same order. The heads are small enough for that. So the result does not depend on
+    the number of ranks. (BatchNorm alone, on each rank's part, would use the mean and deviation of a smaller batch.)
     """
     cfg = config.finetune
     schedule = dataclasses.replace(cfg, epochs=cfg.probe_epochs)
@@ -241,6 +317,7 @@ def linear_probe(config) -> None:
     train_set, val_set = data.open_datasets(config.data)
     backbone = open_backbone(run)
     probes = LinearProbes(backbone.embed_dim, len(train_set.classes), len(cfg.probe_lrs)).to(run.device)
+    # Each learning rate has one group: the head on [CLS] and the one on the mean patch.
     groups = [dict(params=[*cls.parameters(), *mean.parameters()], lr_scale=lr)
               for cls, mean, lr in zip(probes.heads["cls"], probes.heads["mean"], cfg.probe_lrs)]
     optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
@@ -260,10 +337,11 @@ def linear_probe(config) -> None:
             parts = []
             for batch in micro_batches:
                 pooled = batch["pooled"] if "pooled" in batch else pool(run, backbone, batch["image"])  # [B, 2, D]
-                parts.append((*pooled.unbind(1), batch["label"]))
+                parts.append((*pooled.unbind(1), batch["label"]))  # [b, D], [b, D], [b]
+            # All small batches of all ranks together: [B, D], [B, D], [B].
             cls, mean, labels = (engine.gather_in_order(torch.cat(part)) for part in zip(*parts))
             losses = torch.stack([F.cross_entropy(logits, labels) for logits in probes(dict(cls=cls, mean=mean))])
-            # The heads share no parameter, so each sees its own loss only.
+            # Each loss depends on one head only. So the gradient of the sum gives each head that of its own loss.
             run.precision.scaler.scale(losses.sum()).backward()
             run.record(loss=losses.min())
             run.optimizer_step(optimizer)
@@ -271,6 +349,8 @@ def linear_probe(config) -> None:
         probes.eval()
         with torch.no_grad():
             hits = [(logits.argmax(dim=1) == val["labels"]).float().mean().item() for logits in probes(val)]
+        # The best rate is chosen on the validation images themselves, as is usual for linear probes. The figure is
+        # therefore a little too good, for the untrained backbone as well.
         figures = {}
         for kind, scores in (("cls", hits[:len(cfg.probe_lrs)]), ("mean", hits[len(cfg.probe_lrs):])):
             figures[kind] = max(scores)
@@ -280,11 +360,14 @@ def linear_probe(config) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Using what was trained
+# Act 3. Using what was trained. A reader of the method may skip this.
 
 
 def read_trained(config) -> tuple[dict, dict[str, Tensor], Path]:
-    """The checkpoint that `finetune.weights` names, or this experiment's best one: its content, tensors and path."""
+    """Read the checkpoint that `finetune.weights` names, or this experiment's best one.
+
+    Returns its whole content, its tensors by name, and its path.
+    """
     given = config.finetune.weights
     stage = "finetune_scratch" if given == "none" else "finetune"
     path = engine.stage_checkpoint(config, stage, "" if given == "none" else given, "finetune.weights", "best.pt")
@@ -293,7 +376,10 @@ def read_trained(config) -> tuple[dict, dict[str, Tensor], Path]:
 
 
 def open_trained(config) -> tuple[VisionTransformer, list[str] | None]:
-    """That checkpoint as a classifier if it has a head, else as a backbone; and the names of its classes, if known."""
+    """The model of `read_trained`, and the names of its classes if they are known.
+
+    It is a Classifier if the checkpoint has a head for classes, and otherwise a VisionTransformer.
+    """
     content, state, path = read_trained(config)
     options = config.model.backbone(config.data.image_size)
     if "head.weight" in state:
@@ -322,7 +408,10 @@ def open_classifier(config) -> tuple[Classifier, list[str] | None]:
 
 
 def evaluate_only(config) -> None:
-    """Validate a classifier on images of all its classes or some of them, such as ImageNet-A, -R and -Sketch have."""
+    """Validate a classifier on images of all its classes, or of some of them.
+
+    ImageNet-A and ImageNet-R, for example, hold 200 of the 1000 classes. Only the logits of these 200 then compete.
+    """
     run = engine.Run(stage_folder(config.finetune), config, config.finetune)
     val_set = data.open_val_folder(config.data)
     model, classes = open_classifier(config)
@@ -333,7 +422,7 @@ def evaluate_only(config) -> None:
 
 
 def class_columns(wanted: list[str], known: list[str] | None, outputs: int) -> Tensor:
-    """Where each wanted class stands among the model's outputs, int64 [wanted]. UserError if it is not there."""
+    """The place of each wanted class among the model's outputs, int64 [wanted]. UserError if one is not there."""
     if known is None:
         if len(wanted) != outputs:
             raise engine.UserError(f"the images have {len(wanted)} classes and the model {outputs}, whose names the "
@@ -349,7 +438,7 @@ def class_columns(wanted: list[str], known: list[str] | None, outputs: int) -> T
 
 @torch.no_grad()
 def predict(config) -> None:
-    """Name the five likeliest classes of each image, with probabilities; also in predict/predictions.txt."""
+    """Print the five most likely classes of each image with their probabilities, and write predict/predictions.txt."""
     run = engine.Run("predict", config, config.finetune)
     images = data.open_files(config.finetune.images)
     model, classes = open_classifier(config)
@@ -395,7 +484,8 @@ def features(config) -> None:
             if getattr(model, "fc_norm", None) is not None:
                 pooled = {name: model.fc_norm(value) for name, value in pooled.items()}
         for name, value in (pooled | {f"block_{i}": kept[i] for i in blocks}).items():
-            # On the device only if the ranks' parts must still be gathered: hidden states are many.
+            # Hidden states need much memory, so they go to the CPU at once. With several ranks they must stay on the
+            # device until the ranks have exchanged them.
             parts[name].append(value.float() if engine.world_size() > 1 else value.float().cpu())
     saved = {name: engine.gather_in_order(torch.cat(part), len(images)).cpu() for name, part in parts.items()}
     if engine.rank() == 0:
@@ -405,7 +495,7 @@ def features(config) -> None:
 
 
 def export(config) -> None:
-    """Write the trained weights alone: export/published.pth under the published names, export/timm.pth under timm's."""
+    """Write the trained weights without optimizer: export/published.pth in the published form, timm.pth in timm's."""
     run = engine.Run("export", config, config.finetune)
     folder = run.folder
     _, state, path = read_trained(config)
@@ -416,17 +506,19 @@ def export(config) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# What all of them share
+# Act 4. What all modes share, and the table of results
 
 
 def stage_folder(cfg: FinetuneConfig) -> str:
+    """Runs from an untrained backbone have a folder of their own, so that the table can compare both."""
     return cfg.mode + ("_scratch" if cfg.weights == "none" else "")
 
 
 def load_weights(config, model: nn.Module, classes: list[str] | None = None) -> None:
-    """Fill the model from `finetune.weights`, or from this experiment's own stage 2; `none` leaves it as it is.
+    """Load `finetune.weights` into the model, or what this experiment's stage 2 has written. `none` loads nothing.
 
-    The head of a model that was fine-tuned for other `classes` stays fresh, even if there are as many of them.
+    If the checkpoint was fine-tuned for other `classes`, its head is not loaded, even if the number of classes is the
+    same: its outputs would stand for the wrong classes.
     """
     if config.finetune.weights == "none":
         return
@@ -435,7 +527,8 @@ def load_weights(config, model: nn.Module, classes: list[str] | None = None) -> 
     engine.say_if_unfinished(content, path)
     state = model_state(content, str(path))
     if classes is None and "fc_norm.weight" in state:
-        # A fine-tuned model norms after pooling. As a backbone it has to norm before, as all others do.
+        # A fine-tuned model norms after pooling. Here it serves as a backbone, and a backbone norms before pooling. So
+        # the norm that it has takes the place of the one that it lacks.
         state = {name.replace("fc_norm.", "norm."): value for name, value in state.items()}
     others = classes is not None and content.get("classes", classes) != classes
     head = [name for name in state if name.startswith("head.") and others]
@@ -445,6 +538,7 @@ def load_weights(config, model: nn.Module, classes: list[str] | None = None) -> 
 
 
 def open_val_loader(run: engine.Run, dataset, strict=True) -> data.ValLoader:
+    """Validation batches of a data set: resized, cropped in the centre, nothing random."""
     view = data.ValView(dataset, run.config.data.image_size, strict)
     return data.ValLoader(view, run.device_batch, workers=run.config.data.workers)
 
