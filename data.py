@@ -786,7 +786,9 @@ class Cache:
     """One value for each image of a data set that never changes, in a memory-mapped file that all ranks share.
 
     A frozen teacher says the same of the same crop each time. On a small machine this takes longer than a small student
-    needs to learn from it. So each crop is shown to it once. cache[row] is the value of one image, a tensor of this `shape` on the CPU.
+    needs to learn from it. So each crop is shown to it once.
+
+    cache[row] is the value of one image, a tensor of this `shape` on the CPU.
 
     folder   FOLDER/NAME-DIGEST receives values.npy, done.npy and about.json. The digest is that of `about`, of the
              number of images and of some of their pixels: other images, crops, seeds, sizes or networks have another.
