@@ -76,6 +76,11 @@ SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "tokenizer": Tokenize
 
 # ----------------------------------------------------------------------------------------------------------------
 # Act 1. The teachers: frozen, and behind one small interface
+#
+# A teacher decides what the codes are about. What it tells apart, the codes must tell apart. What looks alike to it
+# may share a code. CLIP was trained to match images with sentences, so its features are about things that people name.
+# HOG sees edges, and its codes are about edges. A teacher is any module with `output_dim` that maps images in [0,1],
+# [B, 3, S, S], to one feature for each patch, [B, N, output_dim].
 
 
 class Teacher(nn.Module):
@@ -127,13 +132,17 @@ class HOG(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        # The gradient of each pixel: how much brighter its right neighbour is than its left one, and the lower than the
+        # upper one. At the border the image is continued by its own edge.
         B, C, S, _ = images.shape
         cell, cells = self.patch_size // 2, 2 * S // self.patch_size
         padded = F.pad(images.float(), (1, 1, 1, 1), mode="replicate")
         dx = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]  # [B, C, S, S]
         dy = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
 
-        # An orientation between two bins counts for both, in proportion.
+        # Each pixel votes for the orientation of its gradient, with the gradient's length as its weight. An edge from
+        # dark to light and one from light to dark have the same orientation, so angles are taken modulo 180 degrees.
+        # An orientation between two bins counts for both, in proportion: else a small turn could change everything.
         angle = torch.atan2(dy, dx) / math.pi * self.orientations % self.orientations
         lower, share = angle.floor().long() % self.orientations, angle - angle.floor()
         upper, strength = (lower + 1) % self.orientations, torch.hypot(dx, dy)
@@ -141,6 +150,7 @@ class HOG(nn.Module):
         votes.scatter_(2, lower[:, :, None], (strength * (1 - share))[:, :, None])
         votes.scatter_(2, upper[:, :, None], (strength * share)[:, :, None])
 
+        # The mean of the votes in each cell is its histogram; then the 2 x 2 cells of a patch are put side by side.
         histograms = F.avg_pool2d(votes.flatten(1, 2), cell).unflatten(1, (C, -1))  # [B, C, 9, cells, cells]
         histograms = histograms / (histograms.norm(dim=2, keepdim=True) + 0.01)  # .01: flat cells stay near zero
         histograms = histograms - histograms.mean(dim=2, keepdim=True)
@@ -588,16 +598,18 @@ def train(config) -> None:
     cfg = config.tokenizer
     run = engine.Run("tokenizer", config, cfg)
 
+    # The images, and the frozen teacher. Crops may be small here (from 8 % of the image): then a patch shows an object
+    # from near, and the codes learn details. No colour jitter: the codes shall say what is there.
     train_set, val_set = data.open_datasets(config.data)
     teacher = open_teacher(config).to(run.device)
     view = data.TrainView(train_set, config.seed, config.data.image_size, cfg.crop_scale, views=config.data.views)
     val_view = data.ValView(val_set, config.data.image_size)
-    if data.cache_folder(config):
+    if data.cache_folder(config):  # fixed crops: the teacher looks at each of them once, before the training begins
         view.attached["features"] = cached_features(run, teacher, data.FixedCrops(view), "training crops")
         val_view.attached["features"] = cached_features(run, teacher, val_view, "validation images")
     loader = data.TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
     val_loader = data.ValLoader(val_view, run.device_batch, workers=config.data.workers)
-    bank_loader = open_bank(run, train_set)
+    bank_loader = open_bank(run, train_set)  # for bag_knn, see `evaluate`
 
     if cfg.encoder == "teacher":
         model = build_teacher_tokenizer(config, teacher).to(run.device)
@@ -607,6 +619,8 @@ def train(config) -> None:
         run.write_alone(val)
         return
 
+    # The student of this stage. `parallel` is the same model, compiled and synchronised between processes if asked for.
+    # The codebook is no part of what the optimizer moves: it has no gradient.
     model = build_vqkd(config, teacher.output_dim).to(run.device)
     parallel = run.prepare(model)
     optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay), cfg)
@@ -614,7 +628,7 @@ def train(config) -> None:
     run.begin(loader, read_checkpoint, model=model, optimizer=optimizer, usage=usage)
     lr = engine.cosine_schedule(cfg.lr, cfg.min_lr, cfg.epochs, run.steps_per_epoch, cfg.warmup_epochs)
 
-    if run.step == 0:
+    if run.step == 0:  # a run that goes on has its codebook in the checkpoint
         start_from_first_batch(run, model, teacher)
 
     for epoch in run.epochs():
@@ -640,6 +654,7 @@ def train(config) -> None:
             usage.add(hits)
             run.record(batch_perplexity=perplexity(hits))
 
+        # Is the codebook alive, and do its codes mean anything? The loss alone does not tell.
         train_usage = usage.figures()
         usage.counts.zero_()
         val = evaluate(run, model, teacher, val_loader, bank_loader)
@@ -650,7 +665,10 @@ def train(config) -> None:
 
 @torch.no_grad()
 def cached_features(run: engine.Run, teacher: nn.Module, images, title: str) -> data.Cache:
-    """The teacher's features of images that never change, [N, teacher_dim] for each, in half precision."""
+    """The teacher's features of images that never change, [N, teacher_dim] for each, in half precision.
+
+    Half precision rounds a feature by 0.05 % at most, which moves the cosine by less than 1e-6.
+    """
     config, grid = run.config, run.config.data.image_size // run.config.model.patch_size
     about = dict(teacher=config.tokenizer.teacher, weights=data.digest(teacher), grid=grid,
                  precision=run.precision.name)
@@ -694,7 +712,10 @@ def features_of(teacher: nn.Module, batch: dict) -> Tensor:
 
 @torch.no_grad()
 def cluster_features(run: engine.Run, model: TeacherTokenizer, loader: data.TrainLoader) -> None:
-    """k-means of the teacher's features, on random patches of the training images: about a hundred for each code."""
+    """k-means of the teacher's features, on random patches of the training images: about a hundred for each code.
+
+    That many are enough to place a mean. All patches of all images would not fit in memory.
+    """
     images = loader.batches_per_epoch * run.device_batch * engine.world_size()
     patches = min(model.grid**2, math.ceil(100 * run.config.tokenizer.codebook_size / images))  # of each image
     generator, z = torch.Generator().manual_seed(run.config.seed), []
