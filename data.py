@@ -558,7 +558,7 @@ def loader_options(workers: int) -> dict:
 
 
 def start_worker(_: int):
-    for number in (signal.SIGINT, signal.SIGTERM):  # these are for the parent, which saves and then ends its workers
+    for number in engine.STOP_SIGNALS:  # these are for the parent, which saves and then ends its workers
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 

@@ -15,7 +15,6 @@ from typing import Literal
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -27,7 +26,7 @@ from engine import UserError  # noqa: E402
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """A run installs its own; pytest wants its own back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in engine.STOP_SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -90,7 +89,7 @@ def test_an_unknown_key_is_told_with_the_nearest(tmp_path, text, overrides, key,
 
 def test_the_command_line_wins_and_sections_of_others_are_left_alone(tmp_path):
     config = load(tmp_path, "seed: 3\ndata: {rate: 1, count: 5}\nsegment: {anything: 1}", "data.rate=2e-3", "seed=4",
-                  "data.pair=[0.5, 0.6]", "data.name=a=b", "pretrain.whatever=1")
+                  "data.pair=[0.5, 0.6]", "data.name=a=b", "pretrain.epochs=1")
     assert (config.seed, config.data.rate, config.data.count, config.data.name) == (4, 2e-3, 5, "a=b")
     assert config.data.pair == (0.5, 0.6) and config.device == "auto" and not hasattr(config, "segment")
 
@@ -439,7 +438,7 @@ def test_a_run_killed_in_validation_repeats_that_and_no_step(tmp_path, written):
 
     def killed(*args, **kwargs):
         if written:
-            run.write({"epoch": 0, "step": run.step, "train": {"loss": 7.0}, "val": {"score": 7.0}})
+            run.metrics.write({"epoch": 0, "step": run.step, "train": {"loss": 7.0}, "val": {"score": 7.0}})
         raise ZeroDivisionError  # stands for kill -9
 
     run.end_epoch = killed
@@ -461,7 +460,7 @@ def test_a_second_signal_stops_at_once_unless_it_is_the_same_one_passed_on(tmp_p
     run = toy_run(tmp_path)
     signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGINT)  # torchrun passes Ctrl-C on to processes that had it from the terminal already
-    run.stop_time -= 5
+    run.stop.time -= 5
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     assert run.step == 0
@@ -525,7 +524,7 @@ def test_gradients_are_clipped_and_the_norm_before_is_reported(tmp_path):
         run.backward((run.model(batch["x"])[:, 0] - batch["x"].sum(dim=1)).square().mean())
         run.optimizer_step(run.optimizer)
         moved[clip] = torch.cat([(p - q).flatten() for p, q in zip(run.model.parameters(), before)]).norm().item()
-        start[clip] = run.window["grad_norm"][0].item()
+        start[clip] = run.metrics.window["grad_norm"][0].item()
         assert all(p.grad is None for p in run.model.parameters())
     assert start[0.25] == pytest.approx(start[0.0]) == pytest.approx(moved[0.0], rel=1e-4) and start[0.0] > 0.25
     assert moved[0.25] == pytest.approx(0.25, rel=1e-4)
@@ -587,7 +586,7 @@ def test_a_skipped_fp16_step_does_not_poison_the_averages(tmp_path):
     assert run.precision.scaler.get_scale() == 65536 / 2
     line = metrics(run)[0]
     assert math.isfinite(line["loss"]) and 0 < line["grad_norm"] < 1e3
-    assert run.totals["grad_norm"][1] == 5 and run.totals["loss"][1] == 6
+    assert run.metrics.totals["grad_norm"][1] == 5 and run.metrics.totals["loss"][1] == 6
     assert all(p.isfinite().all() for p in run.model.parameters())
 
 
@@ -628,53 +627,6 @@ def test_keep_lines(tmp_path):
 def test_changed_keys():
     old, new = {"a": {"x": 1, "y": 2}, "b": 3, "c": 1}, {"a": {"x": 1, "y": 5}, "b": 3, "d": 2}
     assert list(engine.changed_keys(old, new)) == [("a.y", 2, 5), ("c", 1, None), ("d", None, 2)]
-
-
-# --- evaluation --------------------------------------------------------------------------------------------------
-
-
-def test_mean_of_weights():
-    model = nn.Linear(2, 1)
-    mean = engine.MeanOfWeights(model, decay=0.75)
-    first = model.weight.detach().clone()
-    with torch.no_grad():
-        model.weight.add_(4)
-    mean.update(model)
-    assert torch.allclose(mean.model.weight, first + 1) and not mean.model.weight.requires_grad
-    mean.update(model)
-    assert torch.allclose(mean.model.weight, first + 1.75)
-    other = engine.MeanOfWeights(nn.Linear(2, 1), decay=0.75)
-    other.load_state_dict(mean.state_dict())
-    assert torch.equal(other.model.weight, mean.model.weight)
-
-
-@pytest.mark.parametrize("k, bank_size", [(1, 50), (7, 50), (20, 12)])
-def test_knn_accuracy_against_a_loop(k, bank_size):
-    generator = torch.Generator().manual_seed(k)
-    bank, queries = torch.randn(bank_size, 4, generator=generator), torch.randn(1100, 4, generator=generator)  # two chunks
-    bank_labels, labels = torch.randint(3, (bank_size,), generator=generator), torch.randint(5, (1100,), generator=generator)
-    cosine = F.cosine_similarity(queries[:, None], bank[None], dim=-1).tolist()
-    hits = 0
-    for row, label in zip(cosine, labels.tolist()):
-        votes = [0.0] * 5
-        for neighbour in sorted(range(bank_size), key=lambda i: -row[i])[:k]:
-            votes[bank_labels[neighbour]] += math.exp(row[neighbour] / 0.07)
-        hits += max(range(5), key=votes.__getitem__) == label
-    assert 0.1 < hits / 1100 < 0.5  # three classes of five are in the bank
-    assert engine.knn_accuracy(bank, bank_labels, queries, labels, k) == pytest.approx(hits / 1100, abs=1.5 / 1100)
-
-
-def test_extract_features_keeps_order_and_separates_cls(tmp_path):
-    run = toy_run(tmp_path)
-    pixels = torch.arange(5)
-    loader = [{"image": part, "label": part * 10} for part in pixels.split(2)]
-
-    def tokens_of(images):  # [CLS] is 100 + image, the patches are image - 1 and image + 1
-        return torch.stack([images + 100, images - 1, images + 1], dim=1)[..., None].float()
-
-    features = engine.extract_features(run, tokens_of, loader, total=5)
-    assert features["cls"][:, 0].tolist() == [100, 101, 102, 103, 104]
-    assert features["mean"][:, 0].tolist() == [0, 1, 2, 3, 4] and features["labels"].tolist() == [0, 10, 20, 30, 40]
 
 
 # --- two processes -----------------------------------------------------------------------------------------------
