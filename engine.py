@@ -1,16 +1,14 @@
 """The plumbing that every training loop shares; nothing in here knows about images, masks or codes.
 
 To follow a training step you need none of it: forward, loss, backward and step stand open in each script. Each part
-below begins with what it does and when to skip it. Options and how they are checked are in `config.py`.
+below begins with what it does and when to skip it. How a script starts is in `start.py`: options, processes, mistakes.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -21,180 +19,21 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import torch
-import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-# Scripts take their types of options from here as well.
-from config import (FREE_TO_CHANGE, SECTIONS, Amount, Beta, Count, Natural, OptimizerConfig, RunConfig,  # noqa: F401
-                    Share, TrainConfig, UserError, as_dict, changed_keys, explained, load_config)
+# Scripts find here what is declared there, so that they need one module only.
+from start import (FREE_TO_CHANGE, SECTIONS, Amount, Beta, Count, Interrupted, Natural, OptimizerConfig,  # noqa: F401
+                   Share, TrainConfig, UserError, all_reduce_sum, as_dict, broadcast_buffers, changed_keys, cores,
+                   explained, fetch, file_sha256, gather_in_order, launch, load_config, on_main, rank, say,
+                   say_if_unfinished, setup_distributed, stage_checkpoint, world_size)
 
 try:
     import fcntl
 except ImportError:  # Windows: nothing there keeps two runs out of one folder
     fcntl = None
-
-# ----------------------------------------------------------------------------------------------------------------
-# Starting and ending a script: one clear sentence instead of a traceback where a person can mend the mistake. Skip it
-# unless you write a script of your own, which ends with `engine.launch(main)`.
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved its state."""
-
-
-class Unbreakable:
-    """A stream that may lose its reader (a closed pipe or terminal): what it cannot print any more ends no training."""
-
-    def __init__(self, stream: Any):
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-
-def launch(main: Callable[[], None], *expected: type[Exception]) -> None:
-    """Run a script's `main`. UserError and the `expected` errors print one sentence and exit with 1."""
-    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
-    try:
-        main()
-    except (UserError, *expected) as error:
-        fail(" ".join(str(error).split()))
-    except torch.OutOfMemoryError:
-        fail("the device is out of memory: set a smaller device_batch_size (the result stays the same, but for "
-             "BatchNorm's statistics in segment.py: gradients are accumulated), or model.checkpoint_activations=true")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        fail(f"cannot read or write '{error.filename or 'a file'}' ({error.strerror}): give it the right permissions, "
-             f"free some space or choose another output_dir; the same command goes on from the last checkpoint")
-    except RuntimeError as error:
-        if world_size() == 1 or not any(words in str(error) for words in ("closed by peer", "reset by peer")):
-            raise
-        fail("another process has ended, and this one cannot go on alone")  # the other one says why
-    except Interrupted as stop:
-        fail(str(stop), status=130)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from the last checkpoint, if there was one", status=130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def fail(sentence: str, status: int = 1) -> typing.NoReturn:
-    """Say it once and leave. All ranks mostly fail alike, so the others wait, and torchrun ends them with the first.
-
-    A rank that fails because another one has gone waits too, whatever its number.
-    """
-    if int(os.environ.get("RANK", 0)) > 0 or sentence.startswith("another process"):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(10)
-    sys.stdout.flush()
-    print(f"{'stopped' if status == 130 else 'error'}: {sentence}", file=sys.stderr, flush=True)
-    os._exit(status)  # a plain exit would wait for loader workers and for collectives that no one answers
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Several processes under torchrun, or one. Each function does nothing, or the obvious, in a single process; skip this
-# part unless you run on several devices.
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def say(*words: Any) -> None:
-    """Print on rank 0 only, above a progress bar if there is one."""
-    if rank() == 0:
-        tqdm.write(" ".join(map(str, words)), file=sys.stdout)
-        sys.stdout.flush()
-
-
-def cores() -> int:
-    """The processors that this process may use, as far as the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def setup_distributed(device: str = "auto") -> torch.device:
-    """Join the process group that torchrun announces, if any, and take this rank's device (NCCL on CUDA, else gloo)."""
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda was asked for, but there is no CUDA GPU here: set device=cpu or device=auto")
-    use_cuda = torch.cuda.is_available() and device != "cpu"
-    if use_cuda and local_world > torch.cuda.device_count():
-        raise UserError(f"{local_world} processes on this machine want a GPU each, and it has "
-                        f"{torch.cuda.device_count()}: lower torchrun's --nproc-per-node, or set device=cpu")
-    if use_cuda:
-        torch.cuda.set_device(local_rank)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    else:
-        torch.set_num_threads(max(1, cores() // local_world))  # torchrun gives each process one thread: share all out
-        # In spite of its name this acts on CPU kernels too, where the backward pass of the flash kernel is slow for
-        # short sequences: without it 193 images/s, with it 135 (64 tokens, 3 heads, width 192, 6 blocks, bf16, two
-        # cores of an AMD EPYC).
-        torch.backends.cuda.enable_flash_sdp(False)
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo")
-    return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-
-
-def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum a tensor over all ranks, in place."""
-    if world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def gather_in_order(tensor: Tensor, total: int | None = None) -> Tensor:
-    """Collect the rows of all ranks, [n, ...] each, into their global order [total, ...].
-
-    Samplers deal rows out like cards: rank r holds rows r, r+W, r+2W ... With `total`, ranks may differ by one row.
-    """
-    if world_size() == 1:
-        return tensor
-    rows = len(tensor) if total is None else math.ceil(total / world_size())
-    padded = torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])]).contiguous()
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(parts, padded)
-    return torch.stack(parts, dim=1).flatten(0, 1)[:total]
-
-
-def broadcast_buffers(model: nn.Module) -> None:
-    """Give all ranks the buffers of rank 0, such as BatchNorm's running statistics, which it would save too."""
-    if world_size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-
-
-def on_main(function: Callable[[], Any]) -> Any:
-    """Run `function` on rank 0 while the others wait, and give its result, or its UserError, to all."""
-    outcome = [None, None]
-    if rank() == 0:
-        try:
-            outcome[0] = function()
-        except UserError as error:
-            outcome[1] = str(error)
-    if world_size() > 1:
-        dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
-
 
 # ----------------------------------------------------------------------------------------------------------------
 # Precision: in which numbers the device multiplies. Skip it; scripts only say `with run.autocast():`.
@@ -284,59 +123,7 @@ def seed_everything(*numbers: int) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Files: what an earlier stage or the network provides, and what a run writes. Skip it unless a file is not found, or
-# you want to know why a killed run leaves no half-written one.
-
-
-def fetch(source: str, key: str, sha256: str = "") -> Path:
-    """A local path of the file at `source`, which is a path or a URL (downloaded once, by one rank, and checked).
-
-    key      the config key that can name a local file instead, for the error message
-    sha256   the sum's hex digits, or their beginning, if known
-    """
-    if "://" not in source:
-        if not Path(source).is_file():
-            raise UserError(f"{key} names '{source}', and there is no such file")
-        return Path(source)
-    if not sha256 and (found := re.search(r"-([0-9a-f]{8,})\.[^/]*$", source)):
-        sha256 = found[1]  # NAME-SUM.pth is torch.hub's custom, and that of the published tokenizers
-    # A folder for each URL: many checkpoints are called last.pt.
-    folder = hashlib.sha256(source.encode()).hexdigest()[:8]
-    target = Path(torch.hub.get_dir()) / "checkpoints" / folder / source.rsplit("/", 1)[-1].split("?")[0]
-
-    def download() -> None:
-        if not target.is_file() or not file_sha256(target).startswith(sha256):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with explained(f"cannot download {source}", f"download it where there is a network and set {key}=PATH",
-                           OSError, RuntimeError):
-                torch.hub.download_url_to_file(source, str(target), sha256 or None, progress=sys.stderr.isatty())
-
-    on_main(download)
-    return target
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def stage_checkpoint(config: types.SimpleNamespace, stage: str, given: str, key: str, name: str = "last.pt") -> Path:
-    """Where an earlier stage's checkpoint lies: the one that `key` gives (path or URL), or OUTPUT_DIR/STAGE/NAME."""
-    if given:
-        return fetch(given, key)
-    path = Path(config.output_dir) / stage / name
-    if not path.is_file():
-        script, scratch, _ = stage.partition("_scratch")
-        raise UserError(f"there is no '{path}' yet: make it with `torchrun {script}.py {config.file}"
-                        f"{f' {script}.weights=none' if scratch else ''}`{key and f', or set {key}=PATH_OR_URL'}")
-    return path
-
-
-def say_if_unfinished(content: dict, path: Path) -> None:
-    """Say so when a checkpoint of an earlier stage comes from a run that has not ended."""
-    if content.get("epochs_done", 0) < content.get("epochs", 0):
-        say(f"note: '{path}' is unfinished, at step {content['step']} of "
-            f"{content['epochs'] * content['steps_per_epoch']}")
+# Files that a run writes: whole, or not at all. Skip it unless you want to know what a killed run leaves behind.
 
 
 def save_atomically(state: dict, path: Path) -> None:
@@ -563,8 +350,6 @@ class Run:
         self.parallel = model
         return model
 
-    # -- begin, save, go on ---------------------------------------------------------------------------------------
-
     def begin(self, loader: Any, read_checkpoint: Callable, **parts: Any) -> None:
         """Take the training data and the `parts` that a checkpoint must hold (anything with a state_dict)."""
         self.loader, self.parts = loader, parts
@@ -609,8 +394,7 @@ class Run:
         return self.checkpoint_file.is_file()
 
     def resume(self, state: dict) -> None:
-        file = f"'{self.checkpoint_file}'"
-        anew = "start anew with another output_dir"
+        file, anew = f"'{self.checkpoint_file}'", "start anew with another output_dir"
         needed = {"config", "steps_per_epoch", "scaler", *self.progress(), *self.parts}
         if missing := needed - state.keys():
             raise UserError(f"{file} is no checkpoint of this stage (it lacks {', '.join(sorted(missing))}): move it "
@@ -659,8 +443,6 @@ class Run:
             state = dict(model=model.state_dict(), val=val, stage=self.stage, step=self.step,
                          config=as_dict(self.config))
             save_atomically(state | self.notes, self.folder / name)
-
-    # -- the loop -------------------------------------------------------------------------------------------------
 
     def epochs(self) -> range:
         return range(self.epochs_done, self.train.epochs)

@@ -2,8 +2,10 @@
 
 import errno
 import hashlib
+import io
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -16,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import engine  # noqa: E402
@@ -79,7 +82,8 @@ def test_values_of_a_wrong_type(tmp_path, text, words):
 @pytest.mark.parametrize("text, overrides, key, nearest", [
     ("data: {ratr: 1}", [], "data.ratr", "data.rate"), ("dta: {rate: 1}", [], "dta", "data"), ("sed: 1", [], "sed", "seed"),
     ("", ["data.cuont=1"], "data.cuont", "data.count"), ("", ["devise=cpu"], "devise", "device"),
-    ("data: {zzz: 1}", [], "data.zzz", "data."), ("on: 1", [], "True", ""),
+    ("data: {zzz: 1}", [], "data.zzz", "data."), ("", ["dta.rate=1"], "dta.rate", "data.rate"),
+    ("", ["data.rate.x=1"], "data.rate.x", "data.rate"), ("", ["finetune.lrr=1"], "finetune.lrr", "finetune.lr"), ("on: 1", [], "True", ""),
 ])
 def test_an_unknown_key_is_told_with_the_nearest(tmp_path, text, overrides, key, nearest):
     with pytest.raises(UserError, match=f"unknown key '{key}'.* nearest valid key is '{nearest}") as error:
@@ -143,6 +147,29 @@ def test_launch_says_one_sentence(error, status, words, monkeypatch, capsys):
         engine.launch(main, KeyError)
     out = capsys.readouterr().err
     assert left.value.code == status and words in out and out.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_what_cannot_be_printed_ends_nothing(monkeypatch, number):
+    """A closed pipe, a lost terminal, a log file on a full disk."""
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(number, os.strerror(number))
+
+        flush = write
+
+    done = []
+
+    def main():
+        engine.say("hello")
+        print("a warning", file=sys.stderr, flush=True)
+        for i in tqdm(range(2), disable=False):
+            done.append(i)
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    monkeypatch.setattr(sys, "stderr", Gone())
+    engine.launch(main)
+    assert done == [0, 1]
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EIO, "I/O error")])
@@ -336,7 +363,8 @@ def toy_run(folder, poison=None, dropout=0.0, optimizer_class=engine.make_optimi
     return run
 
 
-def toy_train(run, stop_at: int | None = None, stop_rank: int = 0, loss_of=None) -> nn.Module:
+def toy_train(run, stop_at: int | None = None, stop_rank: int = 0, loss_of=None,
+              how: signal.Signals = signal.SIGTERM) -> nn.Module:
     """The loop of the scripts. `stop_at`: the step in which the signal to stop arrives."""
     for epoch in run.epochs():
         for micro_batches in run.steps(epoch):
@@ -347,7 +375,7 @@ def toy_train(run, stop_at: int | None = None, stop_rank: int = 0, loss_of=None)
                 run.backward(loss)
                 run.record(loss=loss)
             if run.step + 1 == stop_at and engine.rank() == stop_rank:
-                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(how)
             run.optimizer_step(run.optimizer)
         run.end_epoch(epoch, train={}, val={"score": float(epoch)})
     run.finish()
@@ -464,6 +492,86 @@ def test_a_second_signal_stops_at_once_unless_it_is_the_same_one_passed_on(tmp_p
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     assert run.step == 0
+
+
+def test_a_hangup_saves_and_stops(tmp_path):
+    run = toy_run(tmp_path)
+    with pytest.raises(engine.Interrupted):
+        toy_train(run, stop_at=3, how=signal.SIGHUP)
+    assert read_checkpoint(run.checkpoint_file)["step"] == 3
+
+
+def test_under_nohup_a_hangup_is_ignored(tmp_path):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    run = toy_run(tmp_path)
+    toy_train(run, stop_at=3, how=signal.SIGHUP)
+    assert run.step == 12 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_a_finished_run_gives_the_signals_back(tmp_path):
+    before = [signal.getsignal(number) for number in engine.STOP_SIGNALS]
+    run = toy_run(tmp_path)
+    assert [signal.getsignal(number) for number in engine.STOP_SIGNALS] == [run.stop.hear] * 3
+    toy_train(run)
+    assert [signal.getsignal(number) for number in engine.STOP_SIGNALS] == before
+
+
+def hold(folder, ready) -> None:
+    """A run that lives on, as does one of its loader workers."""
+    toy_run(folder)
+    worker = os.fork()
+    if worker:
+        ready.put(worker)
+    signal.pause()
+
+
+def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
+    """The lock dies with its process: kill -9 blocks nobody, not even if a worker of the killed run survives it."""
+    context = multiprocessing.get_context("fork")
+    ready = context.SimpleQueue()
+    first = context.Process(target=hold, args=(tmp_path, ready))
+    first.start()
+    worker = ready.get()
+    try:
+        with pytest.raises(UserError, match="another run is writing into '.*pretrain'.*output_dir"):
+            toy_run(tmp_path)
+        toy_run(tmp_path / "elsewhere")
+    finally:
+        first.kill()
+        first.join()
+    try:
+        os.kill(worker, 0)  # it is there
+        toy_train(toy_run(tmp_path))
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("without", ["the module", "the file system"])
+def test_where_there_are_no_locks_a_run_goes_without(tmp_path, monkeypatch, without):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(engine, "fcntl", None) if without == "the module" else monkeypatch.setattr(engine.fcntl, "lockf", lockf)
+    run = toy_run(tmp_path)
+    toy_train(run)
+    assert run.step == 12
+
+
+def test_a_folder_in_the_checkpoints_place_is_noticed_at_the_start(tmp_path):
+    (tmp_path / "pretrain" / "last.pt").mkdir(parents=True)
+    with pytest.raises(UserError, match="last.pt' is a folder.*move it away"):
+        toy_run(tmp_path)
+
+
+def test_a_damaged_metrics_file_is_moved_aside(tmp_path, capsys):
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "metrics.jsonl").write_bytes(b"\xff\xfe\x00\x80")
+    run = toy_run(tmp_path)
+    assert "metrics.jsonl' is no text" in capsys.readouterr().out
+    toy_train(run)
+    assert len(metrics(run)) == 6 and (run.folder / "metrics.damaged").read_bytes() == b"\xff\xfe\x00\x80"
+    (run.folder / "metrics.jsonl").write_bytes(b"\xff\xfe\x00\x80")
+    assert engine.read_lines(run.folder / "metrics.jsonl") == []  # for the table and the page
 
 
 def test_a_finished_run_does_nothing_when_started_again(tmp_path):

@@ -476,6 +476,16 @@ def test_an_interrupted_torchrun(home, uninterrupted, stage, how):
     assert_same_bits(whole, home / output / stage)
 
 
+def test_a_reader_that_has_gone_ends_no_training(home):
+    """`pretrain.py ... | head -1`"""
+    command = [sys.executable, "pretrain.py", *arguments(home, "piped")]
+    with subprocess.Popen(command, cwd=CODE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait(timeout=100) == 0
+    assert not differences(metrics(home / "base/pretrain"), metrics(home / "piped/pretrain"), FIGURES)
+
+
 def test_a_finished_run_started_again(home, capsys):
     """It says so, and changes nothing."""
     files = {file: file.read_bytes() for file in (home / "base/pretrain").iterdir()}
@@ -572,6 +582,16 @@ def test_a_typo_in_a_key(home, script):
     text = sentence(script, file)
     assert "'data.imagesize'" in text and "'data.image_size'" in text and str(file) in text
     assert not (home / "typo").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_typo_in_a_key_of_another_script(home, script):
+    """On the command line nobody else would see it. In the file, that other script does."""
+    text = refusal(script, home, "typo", "segment.crop_sise=3")
+    assert "'segment.crop_sise' in the command line" in text and "'segment.crop_size'" in text
+    file = home / "typo.yaml"
+    file.write_text(TINY.replace("crop_size", "crop_sise"))
+    assert engine.load_config(importlib.import_module(script).SECTIONS, [str(file)]).seed == 0
 
 
 @pytest.mark.parametrize("change, must_be", [
@@ -798,7 +818,7 @@ def test_base_without_imagenet_and_network(home):
 
 @pytest.mark.parametrize("config", sorted(CODE.glob("configs/*.yaml")), ids=lambda file: file.stem)
 @pytest.mark.parametrize("script", sorted(file.stem for file in CODE.glob("*.py") if "SECTIONS = " in file.read_text()
-                                          and file.stem not in ("engine", "config", "data", "beitv2")))
+                                          and file.stem not in ("engine", "start", "data", "beitv2")))
 def test_every_config_suits_every_script(script, config):
     """And begins with what it is for. No section says what no script reads."""
     engine.load_config(importlib.import_module(script).SECTIONS, [str(config)])
