@@ -674,7 +674,7 @@ def loader_options(workers: int) -> dict:
 def start_worker(_: int):
     """Prepare a new worker process."""
     # Ctrl-C reaches all processes of a terminal. Only the main one reacts: it saves, then ends its workers.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in engine.STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # There are as many workers as cores. If each used several threads, they would only take turns.
     torch.set_num_threads(1)

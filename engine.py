@@ -1,393 +1,42 @@
 """The plumbing that every training loop shares; nothing in here knows about images, masks or codes.
 
-    launch, UserError          one clear sentence instead of a traceback, where a person can mend the mistake
-    RunConfig, load_config     one YAML file and `section.key=value` on the command line, checked key by key
-    rank, gather_in_order ...  torchrun and DistributedDataParallel, or one plain process
-    Precision                  autocast and the fp16 gradient scaler
-    parameter_groups ...       who decays, who learns how fast, and when
-    Run                        one stage's run: its folder, steps, checkpoints, resume, metrics and progress bar
-    knn_accuracy               a cheap look at what frozen features know
+To follow a training step you need none of it: forward, loss, backward and step stand open in each script. Each part
+below begins with what it does and when to skip it. How a script starts is in `start.py`: options, processes, mistakes.
 """
 
 import contextlib
-import copy
-import dataclasses
-import difflib
-import errno
 import hashlib
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
 import types
 import typing
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Callable, Iterator, Literal
+from typing import Any, Callable, Iterator
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-# ----------------------------------------------------------------------------------------------------------------
-# Errors that a person can mend
+# Scripts find here what is declared there, so that they need one module only.
+from start import (FREE_TO_CHANGE, SECTIONS, Amount, Beta, Count, Interrupted, Natural, OptimizerConfig,  # noqa: F401
+                   Share, TrainConfig, UserError, all_reduce_sum, as_dict, broadcast_buffers, changed_keys, cores,
+                   explained, fetch, file_sha256, gather_in_order, launch, load_config, on_main, rank, say,
+                   say_if_unfinished, setup_distributed, stage_checkpoint, world_size)
 
-
-class UserError(Exception):
-    """A mistake of the person at the keyboard, or of their disk. The message says what is wrong and what to do."""
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved its state."""
-
-
-def launch(main: Callable[[], None], *expected: type[Exception]) -> None:
-    """Run a script's `main`. UserError and the `expected` errors print one sentence and exit with 1."""
-    try:
-        main()
-    except (UserError, *expected) as error:
-        fail(" ".join(str(error).split()))
-    except torch.OutOfMemoryError:
-        fail("the device is out of memory: set a smaller device_batch_size (the result stays the same, but for "
-             "BatchNorm's statistics in segment.py: gradients are accumulated), or model.checkpoint_activations=true")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        fail(f"cannot read or write '{error.filename or 'a file'}' ({error.strerror}): give it the right permissions, "
-             f"free some space or choose another output_dir; the same command goes on from the last checkpoint")
-    except RuntimeError as error:
-        if world_size() == 1 or not any(words in str(error) for words in ("closed by peer", "reset by peer")):
-            raise
-        fail("another process has ended, and this one cannot go on alone")  # the other one says why
-    except Interrupted as stop:
-        fail(str(stop), status=130)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from the last checkpoint, if there was one", status=130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def fail(sentence: str, status: int = 1) -> typing.NoReturn:
-    """Say it once and leave. All ranks mostly fail alike, so the others wait, and torchrun ends them with the first.
-
-    A rank that fails because another one has gone waits too, whatever its number.
-    """
-    if int(os.environ.get("RANK", 0)) > 0 or sentence.startswith("another process"):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(10)
-    sys.stdout.flush()
-    print(f"{'stopped' if status == 130 else 'error'}: {sentence}", file=sys.stderr, flush=True)
-    os._exit(status)  # a plain exit would wait for loader workers and for collectives that no one answers
-
+try:
+    import fcntl
+except ImportError:  # Windows: nothing there keeps two runs out of one folder
+    fcntl = None
 
 # ----------------------------------------------------------------------------------------------------------------
-# Configuration
-
-SECTIONS = ("data", "model", "tokenizer", "pretrain", "finetune", "segment", "visualize")
-
-# Types of options: what a value may be, smallest and largest included.
-Count = Annotated[int, 1, math.inf]
-Natural = Annotated[int, 0, math.inf]
-Amount = Annotated[float, 0.0, math.inf]
-Share = Annotated[float, 0.0, 1.0]
-
-
-@dataclass
-class RunConfig:
-    """The keys at the top of a config, outside all sections."""
-
-    output_dir: str = "runs/default"  # each stage writes OUTPUT_DIR/STAGE and looks there for the one before
-    seed: Natural = 0  # of everything: initial weights, sample order, crops, masks, drop path
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA if there is a GPU
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device has it, see Precision
-    compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA
-
-
-@dataclass
-class OptimizerConfig:
-    """What each stage's section says about its optimisation."""
-
-    batch_size: Count = 1024  # images per optimizer step, over all devices; no other value follows from it
-    device_batch_size: Natural = 0  # the most images that one device holds; more are accumulated. 0: no limit
-    lr: Amount = 1e-3  # peak learning rate
-    betas: tuple[Share, Share] = (0.9, 0.999)  # AdamW
-    weight_decay: Amount = 0.05
-    clip_grad: Amount = 0.0  # largest gradient norm; 0: not clipped
-    log_every: Count = 20  # steps between two lines of metrics.jsonl: the only moments when host waits for device
-    save_every: Count = 500  # steps between two checkpoints within an epoch; one more follows each epoch
-
-
-@dataclass
-class TrainConfig(OptimizerConfig):
-    """The same for stages that count epochs and follow a cosine."""
-
-    epochs: Count = 100
-    min_lr: Amount = 1e-6  # where the cosine ends
-    warmup_epochs: Amount = 5  # linear warm-up from 0
-
-
-# A run may go on with other values of these: they change its speed or its place, and its result by rounding only.
-FREE_TO_CHANGE = {"output_dir", "device", "precision", "compile", "root", "download", "cache", "workers", "device_batch_size",
-                  "save_every", "checkpoint_activations", "eval_only", "overlays"}
-
-
-def load_config(sections: dict[str, type], arguments: list[str] | None = None) -> types.SimpleNamespace:
-    """Read `CONFIG.yaml [section.key=value ...]` into checked dataclasses.
-
-    sections   the script's own: name -> dataclass. Other sections are checked by name only.
-    returns    a namespace with the fields of RunConfig, one attribute per section, and `file`
-    Raises UserError for a missing file, an unknown key (naming the nearest valid one) or a wrong type.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    script = Path(sys.argv[0]).name
-    if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
-        raise UserError(f"name a config file first: torchrun {script} configs/demo.yaml [section.key=value ...]")
-    file = arguments[0]
-    try:
-        values = yaml.safe_load(Path(file).read_text()) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        known = ", ".join(sorted(str(path) for path in Path("configs").glob("*.yaml"))) or "none in configs/"
-        raise UserError(f"cannot read the config '{file}' ({getattr(error, 'strerror', None) or error}); configs "
-                        f"here: {known}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"'{file}' is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"'{file}' must hold `section: {{key: value}}`, not a {type(values).__name__}")
-
-    origin = {}  # keys that the command line sets
-    for argument in arguments[1:]:
-        key, equals, text = argument.partition("=")
-        if not equals:
-            raise UserError(f"'{argument}' on the command line is not of the form section.key=value")
-        *parents, name = key.split(".")
-        target = values
-        for parent in parents:
-            if target.get(parent) is None:  # missing, or a section without keys
-                target[parent] = {}
-            target = target[parent]
-            if not isinstance(target, dict):
-                raise UserError(f"'{key}' on the command line: '{parent}' is a value, not a section")
-        try:
-            target[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"'{argument}' on the command line has no valid value") from error
-        origin[key] = "the command line"
-
-    def source(key: str) -> str:
-        return origin.get(key, f"'{file}'")
-
-    config = types.SimpleNamespace(file=file)
-    run_fields = {field.name for field in dataclasses.fields(RunConfig)}
-    for key in values:
-        if key not in run_fields and key not in SECTIONS:
-            raise unknown_key(key, source(key), [*run_fields, *SECTIONS])
-    for name, value in vars(fill(RunConfig, {k: v for k, v in values.items() if k in run_fields}, "", source)).items():
-        setattr(config, name, value)
-    for section, kind in sections.items():
-        content = values.get(section)
-        content = {} if content is None else content
-        if not isinstance(content, dict):
-            raise UserError(f"'{section}' in '{file}' must be a section with keys, not {content!r}")
-        setattr(config, section, fill(kind, content, f"{section}.", source))
-    return config
-
-
-def unknown_key(key: str, source: str, valid: list[str]) -> UserError:
-    nearest = difflib.get_close_matches(str(key), valid, n=1, cutoff=0)[0]
-    return UserError(f"unknown key '{key}' in {source}; the nearest valid key is '{nearest}'")
-
-
-def fill(kind: type, values: dict, prefix: str, source: Callable[[str], str]) -> Any:
-    """Build the dataclass `kind` from `values`, checking names and types."""
-    types_of = typing.get_type_hints(kind, include_extras=True)
-    checked = {}
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if name not in types_of:
-            raise unknown_key(key, source(key), [f"{prefix}{valid}" for valid in types_of])
-        try:
-            checked[name] = convert(value, types_of[name])
-        except (TypeError, ValueError) as error:
-            raise UserError(f"'{key}' in {source(key)} must be {error}, not {value!r}") from None
-    return kind(**checked)
-
-
-def convert(value: Any, kind: Any) -> Any:
-    """Check one value against its declared type; the ValueError says what it must be."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else convert(value, arguments[0])
-    if origin is Annotated:
-        kind, smallest, largest = arguments
-        value = convert(value, kind)
-        if not smallest <= value <= largest:
-            raise ValueError(f"at least {smallest}" + (f" and at most {largest}" if largest < math.inf else ""))
-        return value
-    if kind is str and value is None:  # `key=` on the command line
-        return ""
-    if origin is Literal:
-        text = str(value).lower() if isinstance(value, bool) else value  # YAML reads true as a boolean
-        if text not in arguments:
-            raise ValueError("one of " + ", ".join(map(str, arguments)))
-        return text
-    if origin in (tuple, list):
-        if not isinstance(value, (list, tuple)) or not value or (origin is tuple and len(value) != len(arguments)):
-            raise ValueError(f"a list of {len(arguments) if origin is tuple else 'one or more'} values")
-        return origin(convert(item, arguments[min(i, len(arguments) - 1)]) for i, item in enumerate(value))
-    if kind is float:
-        # YAML reads 5e-4 as a string. It also reads `yes` as a boolean, which Python would take for a number.
-        try:
-            if isinstance(value, bool):
-                raise ValueError
-            return float(value)
-        except (TypeError, ValueError):
-            raise ValueError("a number") from None
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
-        raise ValueError({int: "a whole number", bool: "true or false", str: "text"}[kind])
-    return value
-
-
-def as_dict(config: types.SimpleNamespace) -> dict:
-    """The configuration as plain values, for YAML and checkpoints."""
-    values = {key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-              for key, value in vars(config).items() if key != "file"}
-    return json.loads(json.dumps(values))  # tuples become lists
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Several processes, or one
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def say(*words: Any) -> None:
-    """Print on rank 0 only, above a progress bar if there is one."""
-    if rank() == 0:
-        tqdm.write(" ".join(map(str, words)), file=sys.stdout)
-        sys.stdout.flush()
-
-
-def cores() -> int:
-    """The processors that this process may use, as far as the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def setup_distributed(device: str = "auto") -> torch.device:
-    """Join the process group that torchrun announces, if any, and take this rank's device (NCCL on CUDA, else gloo)."""
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda was asked for, but there is no CUDA GPU here: set device=cpu or device=auto")
-    use_cuda = torch.cuda.is_available() and device != "cpu"
-    if use_cuda and local_world > torch.cuda.device_count():
-        raise UserError(f"{local_world} processes on this machine want a GPU each, and it has "
-                        f"{torch.cuda.device_count()}: lower torchrun's --nproc-per-node, or set device=cpu")
-    if use_cuda:
-        torch.cuda.set_device(local_rank)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    else:
-        # The switch acts on CPUs too, in spite of its name. Their flash kernel is slow backwards on short sequences.
-        torch.backends.cuda.enable_flash_sdp(False)
-        torch.set_num_threads(max(1, cores() // local_world))  # torchrun gives each process one thread: share all out
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo")
-    return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-
-
-def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum a tensor over all ranks, in place."""
-    if world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def gather_in_order(tensor: Tensor, total: int | None = None) -> Tensor:
-    """Collect the rows of all ranks, [n, ...] each, into their global order [total, ...].
-
-    Samplers deal rows out like cards: rank r holds rows r, r+W, r+2W ... With `total`, ranks may differ by one row.
-    """
-    if world_size() == 1:
-        return tensor
-    rows = len(tensor) if total is None else math.ceil(total / world_size())
-    padded = torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])]).contiguous()
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(parts, padded)
-    return torch.stack(parts, dim=1).flatten(0, 1)[:total]
-
-
-def broadcast_buffers(model: nn.Module) -> None:
-    """Give all ranks the buffers of rank 0, such as BatchNorm's running statistics, which it would save too."""
-    if world_size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-
-
-def on_main(function: Callable[[], Any]) -> Any:
-    """Run `function` on rank 0 while the others wait, and give its result, or its UserError, to all."""
-    outcome = [None, None]
-    if rank() == 0:
-        try:
-            outcome[0] = function()
-        except UserError as error:
-            outcome[1] = str(error)
-    if world_size() > 1:
-        dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
-
-
-def fetch(source: str, key: str, sha256: str = "") -> Path:
-    """A local path of the file at `source`, which is a path or a URL (downloaded once, by one rank, and checked).
-
-    key      the config key that can name a local file instead, for the error message
-    sha256   the sum's hex digits, or their beginning, if known
-    """
-    if "://" not in source:
-        if not Path(source).is_file():
-            raise UserError(f"{key} names '{source}', and there is no such file")
-        return Path(source)
-    if not sha256 and (found := re.search(r"-([0-9a-f]{8,})\.[^/]*$", source)):
-        sha256 = found[1]  # NAME-SUM.pth is torch.hub's custom, and that of the published tokenizers
-    # A folder for each URL: many checkpoints are called last.pt.
-    folder = hashlib.sha256(source.encode()).hexdigest()[:8]
-    target = Path(torch.hub.get_dir()) / "checkpoints" / folder / source.rsplit("/", 1)[-1].split("?")[0]
-
-    def download() -> None:
-        if target.is_file() and (not sha256 or file_sha256(target).startswith(sha256)):
-            return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(source, str(target), sha256 or None, progress=sys.stderr.isatty())
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"cannot download {source} ({error}): download it where there is a network and set "
-                            f"{key}=PATH") from error
-
-    on_main(download)
-    return target
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Precision
+# Precision: in which numbers the device multiplies. Skip it; scripts only say `with run.autocast():`.
 
 
 class Precision:
@@ -418,7 +67,8 @@ def cpu_has_bf16() -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Optimisation: who decays, who learns how fast, and when
+# Optimisation: who decays, who learns how fast, and when. Skip it unless you want to see how the paper's learning
+# rates are spread over layers and steps.
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
@@ -473,15 +123,170 @@ def seed_everything(*numbers: int) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# One stage's run
+# Files that a run writes: whole, or not at all. Skip it unless you want to know what a killed run leaves behind.
+
+
+def save_atomically(state: dict, path: Path) -> None:
+    """Write a checkpoint beside `path` and rename it when it is whole, so that no reader ever sees half of one."""
+    part = path.with_suffix(".part")
+    # torch reports a full disk as RuntimeError.
+    with explained(f"cannot write the checkpoint '{path}'", "free some space, then give the same command to go on from "
+                   "the checkpoint before", OSError, RuntimeError):
+        try:
+            with open(part, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except (OSError, RuntimeError):
+            part.unlink(missing_ok=True)
+            raise
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, but for a last one that was cut short, or is being written just now."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def keep_lines(path: Path, step: int, epochs_done: int) -> None:
+    """Drop what an interrupted run measured after its last checkpoint: it is about to be measured again.
+
+    A file that is no text was not written by a run: it is moved aside, not changed.
+    """
+    if not path.is_file():
+        return
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        aside = path.with_suffix(".damaged")
+        os.replace(path, aside)
+        say(f"note: '{path}' is no text file any more: it is now '{aside.name}', and a new one begins")
+        return
+    part = path.with_suffix(".part")
+    kept = [line for line in read_lines(path)
+            if line["step"] <= step and (line["epoch"] < epochs_done or "val" not in line)]
+    part.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+    os.replace(part, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Signals. Ctrl-C, a cluster's SIGTERM and a lost terminal's SIGHUP ask a run to end its step and save itself. Skip it.
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Stop:
+    """Hears the signals until `restore`. `when` tells a person how soon the run will end."""
+
+    def __init__(self, when: str):
+        self.signal, self.time, self.when = None, 0.0, when
+        self.before = {number: signal.signal(number, self.hear) for number in STOP_SIGNALS
+                       if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT}  # nohup ignores SIGHUP
+
+    def hear(self, number: int, frame: Any) -> None:
+        if self.signal is None:
+            self.signal, self.time = number, time.monotonic()
+            if rank() == 0:
+                print(f"\nstopping after {self.when} and saving; once more to stop at once", file=sys.stderr)
+        # Ctrl-C reaches us twice under torchrun: from the terminal, and from torchrun, which passes it on.
+        elif time.monotonic() - self.time > 3:
+            raise KeyboardInterrupt
+
+    def asked(self, device: torch.device) -> bool:
+        """Whether any rank has heard one. All ranks must stop at the same step, so all must ask together."""
+        return all_reduce_sum(torch.tensor(float(self.signal is not None), device=device)).item() > 0
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Metrics. Values stay on the device until the next line of metrics.jsonl is due, since reading one makes the host wait
+# for the device. Skip it unless you wonder how a figure was averaged.
+
+
+class Metrics:
+    """What a run measures: over a window of steps, for the next line; over an epoch; and the time it takes."""
+
+    def __init__(self, file: Path, device: torch.device):
+        self.file, self.device = file, device
+        self.window: dict[str, list] = {}  # values of each metric since the last line
+        self.totals: dict[str, list] = {}  # [sum, count] of each metric in this epoch
+        self.board: Any = None  # TensorBoard's writer, on rank 0 and where it is installed
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        self.started, self.waited = time.perf_counter(), 0.0  # `waited`: seconds of waiting for data
+
+    def record(self, **values: Tensor | float) -> None:
+        """Note this step's metrics."""
+        for name, value in values.items():
+            self.window.setdefault(name, []).append(value.detach().float() if isinstance(value, Tensor) else value)
+
+    def read(self) -> dict[str, Tensor]:
+        """The window's values of each metric, averaged over all ranks. Here the host waits for the device."""
+        values = {name: torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in window])
+                  for name, window in sorted(self.window.items())}
+        return {name: (all_reduce_sum(value) / world_size()).cpu() for name, value in values.items()}
+
+    def close_window(self, values: dict[str, Tensor], batch_size: int) -> dict[str, float]:
+        """Add what `read` gave to the epoch; returns its means and the speed, and begins a new window."""
+        seconds = time.perf_counter() - self.started
+        means = {}
+        for name, value in values.items():
+            value = value[value.isfinite()]  # a skipped fp16 step has no gradient norm
+            if len(value):
+                means[name] = value.mean().item()
+                total = self.totals.setdefault(name, [0.0, 0])
+                total[0], total[1] = total[0] + value.sum().item(), total[1] + len(value)
+        means["images_per_second"] = round(len(values["lr"]) * batch_size / seconds, 1)
+        means["data_wait"] = round(self.waited / seconds, 3)
+        self.window = {}
+        self.start_clock()
+        return means
+
+    def close_epoch(self) -> dict[str, float]:
+        means = {name: total / count for name, (total, count) in self.totals.items()}
+        self.totals = {}
+        return means
+
+    def write(self, line: dict) -> None:
+        """Add a line to metrics.jsonl, and its numbers to TensorBoard's files where that is installed."""
+        if rank() > 0:
+            return
+        with open(self.file, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.board is not None:
+            for part, values in (("step", line), ("train", line.get("train", {})), ("val", line.get("val", {}))):
+                for name, value in values.items():
+                    if isinstance(value, float):
+                        self.board.add_scalar(f"{part}/{name}", value, line["step"])
+
+
+def open_board(folder: Path, step: int) -> Any:
+    """TensorBoard's writer into `folder`, forgetting what came after `step`; None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# One stage's run. It counts steps, deals out batches, saves, and goes on where it was interrupted. Read the example
+# below; skip the rest unless you want to know how an interrupted run ends with the same bits.
 
 
 class Run:
-    """One stage's run on this rank: where it computes, how far it is, what it has measured, how it goes on.
-
-    A script uses it like this, and keeps forward, loss, backward and step in its own hands:
+    """One stage's run on this rank. A script keeps forward, loss, backward and step in its own hands:
 
         run = Run("pretrain", config, config.pretrain)
+        parallel = run.prepare(model)
         run.begin(loader, read_checkpoint, model=model, optimizer=optimizer)    # resumes by itself
         for epoch in run.epochs():
             for micro_batches in run.steps(epoch):              # one optimizer step each
@@ -490,15 +295,13 @@ class Run:
                     run.backward(loss)
                     run.record(loss=loss)
                 run.optimizer_step(optimizer)
-            run.end_epoch(epoch, train={}, val={"loss": ...})   # validation; writes metrics and checkpoint
+            run.end_epoch(epoch, train={}, val={"loss": ...})   # writes metrics and checkpoint
         run.finish()
 
     OUTPUT_DIR/STAGE receives last.pt, metrics.jsonl and config.yaml. At the start of each step the default
     generators are seeded from (seed, step, rank), and every sample has a generator of its own, so a checkpoint needs
     no generator's state, and an interrupted run ends exactly where an uninterrupted one does.
     """
-
-    PROGRESS = ("step", "epochs_done", "window", "totals", "best")  # what a checkpoint says of how far the run is
 
     def __init__(self, stage: str, config: types.SimpleNamespace, train: OptimizerConfig):
         self.stage, self.config, self.train = stage, config, train
@@ -508,7 +311,9 @@ class Run:
         self.precision = Precision(config.precision, self.device)
         self.autocast = self.precision.autocast
         self.folder = Path(config.output_dir) / stage
-        on_main(self.prepare_folder)
+        self.checkpoint_file = self.folder / "last.pt"
+        with explained(f"cannot make the folder '{self.folder}'", "choose another output_dir", OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
         seed_everything(config.seed)  # the same initial weights on all ranks
         say(f"{stage}: {world_size()} x {self.device.type}, {self.precision.name}, into {self.folder}")
 
@@ -522,22 +327,12 @@ class Run:
 
         self.step = 0  # optimizer steps done
         self.epochs_done = 0  # trained and validated
-        self.window: dict[str, list] = {}  # values of each metric since the last line of metrics.jsonl
-        self.totals: dict[str, list] = {}  # [sum, count] of each metric in this epoch
-        self.recent_losses: list[float] = []  # of the window before, to be told if the next one breaks
         self.best = -math.inf  # highest score of an epoch so far
-        self.board = None  # TensorBoard's writer, on rank 0 and where it is installed
+        self.metrics = Metrics(self.folder / "metrics.jsonl", self.device)
+        self.record = self.metrics.record
+        self.recent_losses: list[float] = []  # of the window before, to be told if the next one breaks
         self.notes: dict[str, Any] = {}  # plain values to go with every checkpoint, such as the classes' names
-        self.ddp: nn.Module | None = None  # the model that exchanges gradients, with several ranks
-        self.stop_signal: int | None = None  # SIGINT or SIGTERM, once this rank has received one
-
-    def prepare_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder '{self.folder}' ({error.strerror}): choose another output_dir")
-
-    # -- models ---------------------------------------------------------------------------------------------------
+        self.parallel: nn.Module | None = None  # what `prepare` made
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """The training-ready twin of a model that is on the device: compiled and synchronised over ranks, as asked."""
@@ -552,14 +347,8 @@ class Run:
                 warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
                 model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False,
                                                 gradient_as_bucket_view=True)
-            self.ddp = model
+        self.parallel = model
         return model
-
-    # -- resume, checkpoints --------------------------------------------------------------------------------------
-
-    @property
-    def checkpoint_file(self) -> Path:
-        return self.folder / "last.pt"
 
     def begin(self, loader: Any, read_checkpoint: Callable, **parts: Any) -> None:
         """Take the training data and the `parts` that a checkpoint must hold (anything with a state_dict)."""
@@ -569,68 +358,87 @@ class Run:
             raise UserError(f"the training set is smaller than one batch of {self.train.batch_size} images: "
                             f"lower {self.section}.batch_size or add images")
         self.total_steps = self.train.epochs * self.steps_per_epoch
-        if on_main(self.checkpoint_file.is_file):  # one rank decides: all go on, or all start anew
+        if on_main(self.occupy_folder):  # one rank decides: all go on, or all start anew
             self.resume(read_checkpoint(self.checkpoint_file))
-        if rank() == 0:
-            keep_lines(self.folder / "metrics.jsonl", self.step, self.epochs_done)
         if self.epochs_done >= self.train.epochs:
-            say(f"{self.stage}: finished already; its figures are in {self.folder / 'metrics.jsonl'}")
-        self.write_config()
+            say(f"{self.stage}: finished already; its figures are in {self.metrics.file}")
         if rank() == 0:
-            self.board = open_board(self.folder, self.step)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.request_stop)
-        self.saved_step, self.window_start = self.step, time.perf_counter()
-        self.waited = 0.0  # seconds spent waiting for data in this window
+            keep_lines(self.metrics.file, self.step, self.epochs_done)
+            self.metrics.board = open_board(self.folder, self.step)
+            self.write_config()
+        # With one process the run can stop after any step. Asking the other ranks in each step would cost too much.
+        self.stop = Stop("this step" if world_size() == 1 else f"at most {self.train.log_every} steps")
+        self.saved_step = self.step
+        self.metrics.start_clock()
+
+    def occupy_folder(self) -> bool:
+        """Keep other runs out of the folder as long as this process lives; whether there is a checkpoint to go on from.
+
+        The lock is on config.yaml, which therefore stays open. It belongs to the process: `kill -9` gives it back, and
+        loader workers do not inherit it. (`flock` would be inherited.) Where a file system has no locks, there is none.
+        """
+        if self.checkpoint_file.is_dir():
+            raise UserError(f"'{self.checkpoint_file}' is a folder, and the checkpoint must go there: move it away, or "
+                            f"choose another output_dir")
+        self.config_file = open(self.folder / "config.yaml", "a")
+        try:
+            if fcntl:
+                fcntl.lockf(self.config_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"another run is writing into '{self.folder}': wait until it ends, or choose another "
+                            f"output_dir") from None
+        except OSError:
+            pass
+        return self.checkpoint_file.is_file()
 
     def write_config(self) -> None:
-        if rank() == 0:
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(as_dict(self.config), sort_keys=False))
+        self.config_file.truncate(0)
+        yaml.safe_dump(as_dict(self.config), self.config_file, sort_keys=False)
+        self.config_file.flush()
 
     def resume(self, state: dict) -> None:
-        needed = {"config", "steps_per_epoch", "scaler", *self.PROGRESS, *self.parts}
+        file, anew = f"'{self.checkpoint_file}'", "start anew with another output_dir"
+        needed = {"config", "steps_per_epoch", "scaler", *self.progress(), *self.parts}
         if missing := needed - state.keys():
-            raise UserError(f"'{self.checkpoint_file}' is no checkpoint of this stage (it lacks "
-                            f"{', '.join(sorted(missing))}): move it away, or choose another output_dir")
+            raise UserError(f"{file} is no checkpoint of this stage (it lacks {', '.join(sorted(missing))}): move it "
+                            f"away, or choose another output_dir")
         # How the tokenizer was trained is the business of its own stage: its shape is checked when it is loaded.
-        others = () if self.stage == "tokenizer" else ("tokenizer",)
-        before, now = ({key: value for key, value in values.items() if key not in others}
-                       for values in (state["config"], as_dict(self.config)))
-        differences = [f"{key} was {old!r} and is {new!r}" for key, old, new in changed_keys(before, now)
-                       if key.split(".")[-1] not in FREE_TO_CHANGE]
+        differences = [f"{key} was {old!r} and is {new!r}"
+                       for key, old, new in changed_keys(state["config"], as_dict(self.config))
+                       if key.split(".")[-1] not in FREE_TO_CHANGE
+                       and (self.stage == "tokenizer" or key.split(".")[0] != "tokenizer")]
         if differences:
-            raise UserError(f"'{self.checkpoint_file}' was made with another configuration ({'; '.join(differences)}): "
-                            f"go back to it to continue, or start anew with another output_dir")
+            raise UserError(f"{file} was made with another configuration ({'; '.join(differences)}): go back to it to "
+                            f"continue, or {anew}")
         if state["steps_per_epoch"] != self.steps_per_epoch:
-            raise UserError(f"'{self.checkpoint_file}' was made with {state['steps_per_epoch']} steps per epoch, and "
-                            f"these training images make {self.steps_per_epoch}: go back to the same images to "
-                            f"continue, or start anew with another output_dir")
-        for name, part in self.parts.items():
-            try:
+            raise UserError(f"{file} was made with {state['steps_per_epoch']} steps per epoch, and these training "
+                            f"images make {self.steps_per_epoch}: go back to the same images to continue, or {anew}")
+        for name, part in self.parts.items():  # another number of classes is what does not fit, mostly
+            with explained(f"{file} does not fit this {name}", f"go back to the same data set to continue, or {anew}",
+                           RuntimeError, ValueError):
                 part.load_state_dict(state[name])
-            except (RuntimeError, ValueError) as error:  # another number of classes, mostly
-                reason = str(error).splitlines()[-1].strip()
-                raise UserError(f"'{self.checkpoint_file}' does not fit this {name} ({reason}): go back to the same "
-                                f"data set to continue, or start anew with another output_dir") from error
         if state["scaler"]:  # empty if that part of the run needed none
             self.precision.scaler.load_state_dict(state["scaler"])
-        for name in self.PROGRESS:
-            setattr(self, name, state[name])
+        self.step, self.epochs_done, self.best = state["step"], state["epochs_done"], state["best"]
+        self.metrics.window, self.metrics.totals = state["window"], state["totals"]
         if self.epochs_done < self.train.epochs:
             say(f"{self.stage}: going on from step {self.step} of {self.total_steps}")
 
+    def progress(self) -> dict[str, Any]:
+        """How far the run is: what a checkpoint holds beside the parts."""
+        return dict(step=self.step, epochs_done=self.epochs_done, best=self.best, window=self.metrics.window,
+                    totals=self.metrics.totals)
+
     def save(self) -> None:
         """Write last.pt on rank 0, atomically: whatever happens, the previous one stays whole until then."""
-        if rank() == 0:
-            state = {key: part.state_dict() for key, part in self.parts.items()}
-            state |= self.notes
-            state |= {name: getattr(self, name) for name in self.PROGRESS}
-            state |= dict(scaler=self.precision.scaler.state_dict(), steps_per_epoch=self.steps_per_epoch,
-                          stage=self.stage, config=as_dict(self.config))
-            save_atomically(state, self.checkpoint_file)
-            if self.board is not None:
-                self.board.flush()
         self.saved_step = self.step
+        if rank() == 0:
+            parts = {name: part.state_dict() for name, part in self.parts.items()}
+            about = dict(scaler=self.precision.scaler.state_dict(), stage=self.stage, config=as_dict(self.config),
+                         epochs=self.train.epochs, steps_per_epoch=self.steps_per_epoch)
+            save_atomically(parts | self.notes | self.progress() | about, self.checkpoint_file)
+            if self.metrics.board is not None:
+                self.metrics.board.flush()
 
     def save_model(self, name: str, model: nn.Module, val: dict[str, float]) -> None:
         """Write a model and its figures, without its training state, to OUTPUT_DIR/STAGE/NAME, on rank 0."""
@@ -639,18 +447,6 @@ class Run:
                          config=as_dict(self.config))
             save_atomically(state | self.notes, self.folder / name)
 
-    def request_stop(self, number: int, frame: Any) -> None:
-        if self.stop_signal is None:
-            self.stop_signal, self.stop_time = number, time.monotonic()
-            if rank() == 0:
-                when = "this step" if world_size() == 1 else f"at most {self.train.log_every} steps"  # see `steps`
-                print(f"\nstopping after {when} and saving; once more to stop at once", file=sys.stderr, flush=True)
-        # Ctrl-C reaches us twice under torchrun: from the terminal, and from torchrun, which passes it on.
-        elif time.monotonic() - self.stop_time > 3:
-            raise KeyboardInterrupt
-
-    # -- the loop -------------------------------------------------------------------------------------------------
-
     def epochs(self) -> range:
         return range(self.epochs_done, self.train.epochs)
 
@@ -658,32 +454,34 @@ class Run:
         """Yield one optimizer step's micro-batches after the other, from where the run stands in this epoch."""
         done = self.step - epoch * self.steps_per_epoch
         batches = self.loader.epoch(epoch, start=done * self.accumulation)
-        self.bar = tqdm(total=self.steps_per_epoch, initial=done, desc=f"{self.stage} {epoch + 1}/{self.train.epochs}",
-                        disable=None if rank() == 0 else True, leave=False, dynamic_ncols=True)
-        for _ in range(done, self.steps_per_epoch):
+        bar = tqdm(range(done, self.steps_per_epoch), initial=done, total=self.steps_per_epoch, leave=False,
+                   desc=f"{self.stage} {epoch + 1}/{self.train.epochs}", disable=None if rank() == 0 else True,
+                   dynamic_ncols=True)
+        for _ in bar:
             seed_everything(self.config.seed, self.step, rank())
             yield self.micro_batches(batches)
             self.step += 1
-            self.bar.update()
             end_of_epoch = self.step % self.steps_per_epoch == 0
             log = self.step % self.train.log_every == 0 or end_of_epoch
             if log:
-                self.flush(epoch)
-            if (log or world_size() == 1) and self.asked_to_stop():  # asking the other ranks in each step would cost
-                self.stop()
+                values = self.read_finite()
+                means = self.metrics.close_window(values, self.train.batch_size)
+                self.metrics.write({"epoch": epoch, "step": self.step} | means)
+                bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
+            if (log or world_size() == 1) and self.stop.asked(self.device):
+                self.interrupt()
             # Validation may take long, and torchrun grants 30 seconds after Ctrl-C: the epoch is saved before it too.
             if end_of_epoch or (log and self.step - self.saved_step >= self.train.save_every):
                 self.save()
-        self.bar.close()
 
     def micro_batches(self, batches: Iterator[dict]) -> Iterator[dict]:
         """The batches of one optimizer step, on the device. Ranks exchange gradients after the last one only."""
-        for part in range(self.accumulation):
+        for part in range(1, self.accumulation + 1):
             start = time.perf_counter()
             batch = next(batches)
-            self.waited += time.perf_counter() - start
-            more = part + 1 < self.accumulation
-            with self.ddp.no_sync() if more and self.ddp else contextlib.nullcontext():
+            self.metrics.waited += time.perf_counter() - start
+            without_exchange = getattr(self.parallel, "no_sync", contextlib.nullcontext)
+            with without_exchange() if part < self.accumulation else contextlib.nullcontext():
                 yield {key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
                        for key, value in batch.items()}
 
@@ -701,240 +499,63 @@ class Run:
         optimizer.zero_grad(set_to_none=True)
         self.record(lr=max(group["lr"] for group in optimizer.param_groups), grad_norm=norm)
 
-    def asked_to_stop(self) -> bool:
-        """Whether any rank was asked to stop. They must all stop at the same step, so they must all ask."""
-        asked = self.stop_signal is not None
-        if world_size() == 1:
-            return asked
-        return all_reduce_sum(torch.tensor([float(asked)], device=self.device)).item() > 0
+    def read_finite(self) -> dict[str, Tensor]:
+        """The window's metrics. A loss, or a gradient, that is not finite ends the run before it is saved.
 
-    def stop(self) -> typing.NoReturn:
-        self.check_finite({name: torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in values]).cpu()
-                           for name, values in self.window.items()})
-        self.save()
-        raise Interrupted(f"{self.stage} is saved at step {self.step} of {self.total_steps} in "
-                          f"'{self.checkpoint_file}'; the same command goes on from there")
-
-    # -- metrics --------------------------------------------------------------------------------------------------
-
-    def record(self, **values: Tensor | float) -> None:
-        """Note this step's metrics. Tensors stay on the device until the next line of metrics.jsonl."""
-        for name, value in values.items():
-            self.window.setdefault(name, []).append(value.detach().float() if isinstance(value, Tensor) else value)
-
-    def flush(self, epoch: int) -> None:
-        """Average the window over its steps and all ranks, and write a line. Here the host waits for the device."""
-        seconds = time.perf_counter() - self.window_start
-        names = sorted(self.window)
-        values = [torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in self.window[name]])
-                  for name in names]
-        per_step = [len(v) for v in values]
-        means = all_reduce_sum(torch.cat(values)).cpu() / world_size()
-        values = dict(zip(names, means.split(per_step)))
-
-        self.check_finite(values)
-        line = {"epoch": epoch, "step": self.step}
-        for name, value in values.items():
-            value = value[value.isfinite()]  # a skipped fp16 step has no gradient norm
-            if len(value):
-                line[name] = value.mean().item()
-                total = self.totals.setdefault(name, [0.0, 0])
-                total[0], total[1] = total[0] + value.sum().item(), total[1] + len(value)
-        line["images_per_second"] = round(len(self.window["lr"]) * self.train.batch_size / seconds, 1)
-        line["data_wait"] = round(self.waited / seconds, 3)
-        self.write(line)
-        self.bar.set_postfix({key: f"{value:.4g}" for key, value in line.items() if key not in ("epoch", "step")})
-        self.window, self.waited, self.window_start = {}, 0.0, time.perf_counter()
-
-    def check_finite(self, values: dict[str, Tensor]) -> None:
-        """End the run at a loss, or a gradient, that is not finite. (fp16 steps with such a gradient were skipped.)"""
+        With fp16 the gradient may be infinite: the scaler has skipped that step.
+        """
+        values = self.metrics.read()
         for name in ("loss",) if self.precision.scaler.is_enabled() else ("loss", "grad_norm"):
-            value = values.get(name, torch.zeros(1))
-            if not value.isfinite().all():
-                first = int((~value.isfinite()).nonzero()[0])
-                steps = len(values["lr"]) if "lr" in values else len(value)
-                step = self.step - steps + first * steps // len(value) + 1
-                recent = [*self.recent_losses, *values.get("loss", value)[:first].tolist()][-5:]
-                told = ", ".join(f"{loss:.4g}" for loss in recent) or "none"
+            broken = (~values.get(name, torch.zeros(0)).isfinite()).nonzero()
+            if len(broken):
+                first, steps = int(broken[0]), len(values["lr"])  # a step may have several losses
+                step = self.step - steps + first * steps // len(values[name]) + 1
+                losses = [*self.recent_losses, *values["loss"][:first].tolist()][-5:]
                 warmup = "warmup_epochs" if hasattr(self.train, "warmup_epochs") else "warmup_iterations"
                 advice = (f"start anew in another output_dir with a lower {self.section}.lr or a longer "
                           f"{self.section}.{warmup}")
                 if self.precision.name != "fp32" and self.saved_step:
                     advice += f", or go on from the checkpoint of step {self.saved_step} with precision=fp32"
                 raise UserError(f"the {name.replace('grad_norm', 'gradient')} is not finite at step {step} (the losses "
-                                f"before: {told}): {advice}")
+                                f"before: {', '.join(f'{loss:.4g}' for loss in losses) or 'none'}): {advice}")
         self.recent_losses = values.get("loss", torch.zeros(0))[-5:].tolist()
+        return values
 
-    def write(self, line: dict) -> None:
-        """Add a line to metrics.jsonl, and its numbers to TensorBoard's files where that is installed."""
-        if rank() > 0:
-            return
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        if self.board is not None:
-            for part, values in (("step", line), ("train", line.get("train", {})), ("val", line.get("val", {}))):
-                for name, value in values.items():
-                    if isinstance(value, float):
-                        self.board.add_scalar(f"{part}/{name}", value, line["step"])
+    def interrupt(self) -> typing.NoReturn:
+        self.read_finite()
+        self.save()
+        raise Interrupted(f"{self.stage} is saved at step {self.step} of {self.total_steps} in "
+                          f"'{self.checkpoint_file}'; the same command goes on from there")
+
+    def end_epoch(self, epoch: int, train: dict[str, float], val: dict[str, float]) -> None:
+        """Write the epoch's means and what was measured after it, save, and stop here if that was asked for."""
+        train = self.metrics.close_epoch() | train
+        self.metrics.write({"epoch": epoch, "step": self.step, "train": train, "val": val})
+        figures = [f"{name} {value:.4g}" for name, value in train.items() if name not in ("lr", "grad_norm")]
+        figures += [f"val {name} {value:.4g}" for name, value in val.items()]
+        say(f"{self.stage} epoch {epoch + 1}/{self.train.epochs}: {', '.join(figures)}")
+        self.epochs_done = epoch + 1
+        if self.epochs_done < self.train.epochs and self.stop.asked(self.device):
+            self.interrupt()
+        self.save()
+        self.metrics.start_clock()  # validation does not count as training time
 
     def write_alone(self, val: dict[str, float]) -> None:
-        """For a stage that takes no steps: its configuration and figures, in place of earlier ones."""
-        on_main(lambda: keep_lines(self.folder / "metrics.jsonl", step=-1, epochs_done=0))
-        self.write_config()
-        self.write({"epoch": 0, "step": 0, "val": val})
+        """For a stage that takes no steps, instead of `begin`: its configuration and figures replace earlier ones."""
+        on_main(self.occupy_folder)
+        if rank() == 0:
+            keep_lines(self.metrics.file, step=-1, epochs_done=0)
+            self.write_config()
+        self.metrics.write({"epoch": 0, "step": 0, "val": val})
         say(f"{self.stage}: {', '.join(f'{name} {value:.4g}' for name, value in val.items())}")
 
     def picture(self, name: str, pixels: Any) -> None:
         """Show TensorBoard, if there is one, a uint8 array [H, W, 3]."""
-        if self.board is not None:
-            self.board.add_image(name, pixels, self.step, dataformats="HWC")
-
-    def end_epoch(self, epoch: int, train: dict[str, float], val: dict[str, float]) -> None:
-        """Write the epoch's means and what was measured after it, save, and stop here if that was asked for."""
-        train = {name: total / count for name, (total, count) in self.totals.items()} | train
-        self.write({"epoch": epoch, "step": self.step, "train": train, "val": val})
-        figures = [f"{name} {value:.4g}" for name, value in train.items() if name not in ("lr", "grad_norm")]
-        figures += [f"val {name} {value:.4g}" for name, value in val.items()]
-        say(f"{self.stage} epoch {epoch + 1}/{self.train.epochs}: {', '.join(figures)}")
-        self.totals, self.epochs_done = {}, epoch + 1
-        if self.epochs_done < self.train.epochs and self.asked_to_stop():
-            self.stop()
-        self.save()
-        self.window_start = time.perf_counter()  # validation does not count as training time
+        if self.metrics.board is not None:
+            self.metrics.board.add_image(name, pixels, self.step, dataformats="HWC")
 
     def finish(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
-
-
-def open_board(folder: Path, step: int) -> Any:
-    """TensorBoard's writer into `folder`, forgetting what came after `step`; None where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=step + 1)
-
-
-def save_atomically(state: dict, path: Path) -> None:
-    """Write a checkpoint beside `path` and rename it when it is whole, so that no reader ever sees half of one."""
-    part = path.with_suffix(".part")
-    try:
-        with open(part, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"cannot write the checkpoint '{path}' ({reason}): free some space, then give the same command "
-                        f"to go on from the checkpoint before") from error
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, but for a last one that was cut short, or is being written just now."""
-    lines = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
-
-
-def keep_lines(path: Path, step: int, epochs_done: int) -> None:
-    """Drop what an interrupted run measured after its last checkpoint: it is about to be measured again."""
-    if not path.is_file():
-        return
-    part = path.with_suffix(".part")
-    kept = [line for line in read_lines(path)
-            if line["step"] <= step and (line["epoch"] < epochs_done or "val" not in line)]
-    part.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
-    os.replace(part, path)
-
-
-def changed_keys(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            yield from changed_keys(before, after, f"{prefix}{key}.")
-        elif before != after:
-            yield f"{prefix}{key}", before, after
-
-
-def stage_checkpoint(config: types.SimpleNamespace, stage: str, given: str, key: str, name: str = "last.pt") -> Path:
-    """Where an earlier stage's checkpoint lies: the one that `key` gives (path or URL), or OUTPUT_DIR/STAGE/NAME."""
-    if given:
-        return fetch(given, key)
-    path = Path(config.output_dir) / stage / name
-    if not path.is_file():
-        script, scratch, _ = stage.partition("_scratch")
-        raise UserError(f"there is no '{path}' yet: make it with `torchrun {script}.py {config.file}"
-                        f"{f' {script}.weights=none' if scratch else ''}`{key and f', or set {key}=PATH_OR_URL'}")
-    return path
-
-
-def say_if_unfinished(content: dict, path: Path) -> None:
-    """Say so when a checkpoint of an earlier stage comes from a run that has not ended."""
-    section = content.get("config", {}).get(content.get("stage"))
-    if section and "epochs_done" in content:
-        total = section["iterations"] if "iterations" in section else section["epochs"] * content["steps_per_epoch"]
-        if content["epochs_done"] * content["steps_per_epoch"] < total:
-            say(f"note: '{path}' is unfinished, at step {content['step']} of {total}")
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Evaluation
-
-
-class MeanOfWeights:
-    """An exponential moving average of a model's weights: evaluated instead of the model, never trained."""
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.model, self.decay = copy.deepcopy(model).requires_grad_(False), decay
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        averages, values = list(self.model.state_dict().values()), list(model.state_dict().values())
-        torch._foreach_lerp_(averages, values, 1 - self.decay)
-
-    def state_dict(self) -> dict:
-        return self.model.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state)
-
-
-@torch.no_grad()
-def extract_features(run: Run, tokens_of: Callable[[Tensor], Tensor], loader: Any, total: int) -> dict[str, Tensor]:
-    """Frozen features of all images that the ranks' loaders deal out, in order, on every rank.
-
-    tokens_of   uint8 images [B, 3, S, S] -> normed tokens [B, T, D], [CLS] first
-    total       number of images over all ranks
-    returns     "cls" [total, D], "mean" of the patches [total, D], float32, and "labels" int64 [total]
-    """
-    parts = {"cls": [], "mean": [], "labels": []}
-    for batch in loader:
-        with run.autocast():
-            tokens = tokens_of(batch["image"].to(run.device, non_blocking=True)).float()
-        parts["cls"].append(tokens[:, 0])
-        parts["mean"].append(tokens[:, 1:].mean(dim=1))
-        parts["labels"].append(batch["label"].to(run.device))
-    return {name: gather_in_order(torch.cat(part), total) for name, part in parts.items()}
-
-
-@torch.no_grad()
-def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 20,
-                 temperature: float = 0.07) -> float:
-    """Share in [0, 1] of `queries` [Q, D] whose class the k nearest of `bank` [N, D] by cosine vote for.
-
-    Votes weigh exp(cosine / temperature), as in DINO (arXiv 2104.14294). In chunks: Q x N need not fit in memory.
-    """
-    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
-    classes = int(bank_labels.max()) + 1
-    hits = 0
-    for chunk, truth in zip(queries.split(1024), labels.split(1024)):
-        similarity, index = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)  # [q, k]
-        votes = torch.zeros(len(chunk), classes, device=bank.device)
-        votes.scatter_add_(1, bank_labels[index], (similarity / temperature).exp())
-        hits += (votes.argmax(dim=1) == truth).sum().item()
-    return hits / len(queries)
+        """Give the signals and the folder back."""
+        self.stop.restore()
+        if rank() == 0:
+            self.config_file.close()

@@ -26,18 +26,19 @@ write last.pt there too, and fine-tuning also best.pt.
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Callable, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
 import data
 import engine
 from beitv2 import (Classifier, ModelConfig, ModelError, VisionTransformer, load_pretrained, model_state,
                     read_checkpoint, read_model, timm_state)
-from engine import Amount, Count, Share
+from engine import Amount, Beta, Count, Share
 
 
 @dataclass
@@ -57,7 +58,7 @@ class FinetuneConfig(engine.TrainConfig):
     lr: Amount = 5e-4
     min_lr: Amount = 1e-6
     warmup_epochs: Amount = 20
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     layer_decay: Share = 0.65  # learning rate of a layer over that of the layer above it
     drop_path: Share = 0.1
     mean_pool: bool = True  # classify the mean of the patches; false: [CLS]
@@ -119,7 +120,7 @@ def finetune(config) -> None:
     #     rate      5e-4            3.3e-4     2.1e-4     2.5e-5    2.8e-6    1.8e-6
     #
     optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay, cfg.layer_decay), cfg)
-    average = engine.MeanOfWeights(model, cfg.ema_decay) if cfg.ema_decay else None
+    average = moving_average(model, cfg.ema_decay) if cfg.ema_decay else None
 
     view = data.TrainView(train_set, config.seed, size, cfg.crop_scale, rand_augment=cfg.rand_augment, erase=cfg.erase)
     loader = data.TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
@@ -159,16 +160,23 @@ def finetune(config) -> None:
                 run.record(loss=loss, accuracy=(logits.argmax(dim=1) == main_label).float().mean())
             run.optimizer_step(optimizer)
             if average:
-                average.update(model)
+                average.update_parameters(model)
 
         # A moving average of the weights often does better than the last weights, which still jump with each batch.
-        evaluated = average.model if average else model
+        evaluated = average.module if average else model
         figures = evaluate(run, evaluated, val_loader)
         if figures["top1"] > run.best:
             run.best = figures["top1"]
             run.save_model("best.pt", evaluated, val=figures)
         run.end_epoch(epoch, train={}, val=figures)
     run.finish()
+
+
+def moving_average(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the weights, as its `module`: evaluated instead of the model, never trained."""
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
+    average.n_averaged.fill_(1)  # the weights before the first step count too; AveragedModel would replace them
+    return average
 
 
 def batch_mixer(cfg: FinetuneConfig, num_classes: int):
@@ -231,10 +239,47 @@ def open_backbone(run: engine.Run) -> nn.Module:
     return model.requires_grad_(False).eval().to(run.device)
 
 
+@torch.no_grad()
+def extract_features(run: engine.Run, tokens_of: Callable[[Tensor], Tensor], loader: Any,
+                     total: int) -> dict[str, Tensor]:
+    """Frozen features of all images that the ranks' loaders deal out, in order, on every rank.
+
+    tokens_of   uint8 images [B, 3, S, S] -> normed tokens [B, T, D], [CLS] first
+    total       number of images over all ranks
+    returns     "cls" [total, D], "mean" of the patches [total, D], float32, and "labels" int64 [total]
+    """
+    parts = {"cls": [], "mean": [], "labels": []}
+    for batch in loader:
+        with run.autocast():
+            tokens = tokens_of(batch["image"].to(run.device, non_blocking=True)).float()
+        parts["cls"].append(tokens[:, 0])
+        parts["mean"].append(tokens[:, 1:].mean(dim=1))
+        parts["labels"].append(batch["label"].to(run.device))
+    return {name: engine.gather_in_order(torch.cat(part), total) for name, part in parts.items()}
+
+
+@torch.no_grad()
+def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 20,
+                 temperature: float = 0.07) -> float:
+    """Share in [0, 1] of `queries` [Q, D] whose class the k nearest of `bank` [N, D] by cosine vote for.
+
+    Votes weigh exp(cosine / temperature), as in DINO (arXiv 2104.14294). In chunks: Q x N need not fit in memory.
+    """
+    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
+    classes = int(bank_labels.max()) + 1
+    hits = 0
+    for chunk, truth in zip(queries.split(1024), labels.split(1024)):
+        similarity, index = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)  # [q, k]
+        votes = torch.zeros(len(chunk), classes, device=bank.device)
+        votes.scatter_add_(1, bank_labels[index], (similarity / temperature).exp())
+        hits += (votes.argmax(dim=1) == truth).sum().item()
+    return hits / len(queries)
+
+
 def frozen_features(run: engine.Run, model: nn.Module, dataset, strict=True) -> dict[str, Tensor]:
-    """Features of all images of a data set, resized and cropped as for validation; see engine.extract_features."""
-    return engine.extract_features(run, lambda images: model(data.normalize(data.to_unit(images))),
-                                   open_val_loader(run, dataset, strict), len(dataset))
+    """Features of all images of a data set, resized and cropped as for validation; see extract_features."""
+    return extract_features(run, lambda images: model(data.normalize(data.to_unit(images))),
+                            open_val_loader(run, dataset, strict), len(dataset))
 
 
 def knn(config) -> None:
@@ -247,8 +292,8 @@ def knn(config) -> None:
     train_set, val_set = data.open_datasets(config.data)
     model = open_backbone(run)
     bank, queries = frozen_features(run, model, train_set, strict=False), frozen_features(run, model, val_set)
-    figures = {kind: engine.knn_accuracy(bank[kind], bank["labels"], queries[kind], queries["labels"],
-                                         config.finetune.knn_k) for kind in ("cls", "mean")}
+    figures = {kind: knn_accuracy(bank[kind], bank["labels"], queries[kind], queries["labels"],
+                                  config.finetune.knn_k) for kind in ("cls", "mean")}
     run.write_alone(figures)
 
 

@@ -30,7 +30,8 @@ import data
 import engine
 import tokenizer as vqkd
 from beitv2 import MaskedImageModel, ModelConfig, ModelError, masked_positions, read_checkpoint
-from engine import Amount, Count, Natural, Share
+from engine import Amount, Beta, Count, Natural, Share
+from finetune import extract_features, knn_accuracy
 
 
 @dataclass
@@ -42,7 +43,7 @@ class PretrainConfig(engine.TrainConfig):
     lr: Amount = 1.5e-3
     min_lr: Amount = 1e-5
     warmup_epochs: Amount = 10
-    betas: tuple[Share, Share] = (0.9, 0.98)  # .999 for 1600 epochs
+    betas: tuple[Beta, Beta] = (0.9, 0.98)  # .999 for 1600 epochs
     clip_grad: Amount = 3.0
     drop_path: Share = 0.0  # .1 for 1600 epochs
     tokenizer_weights: str = ""  # a trained tokenizer, path or URL; empty: OUTPUT_DIR/tokenizer/last.pt
@@ -182,10 +183,10 @@ def knn_pulse(run: engine.Run, model: MaskedImageModel, train_set, val_set) -> d
     for dataset, indices in ((train_set, chosen), (val_set, range(len(val_set)))):
         view = data.ValView(dataset, config.data.image_size, strict=dataset is val_set)
         loader = data.ValLoader(view, run.device_batch, workers=config.data.workers, indices=indices)
-        features.append(engine.extract_features(
+        features.append(extract_features(
             run, lambda images: model.features(data.normalize(data.to_unit(images))), loader, len(indices)))
     bank, queries = features
-    return {f"knn_{kind}": engine.knn_accuracy(bank[kind], bank["labels"], queries[kind], queries["labels"])
+    return {f"knn_{kind}": knn_accuracy(bank[kind], bank["labels"], queries[kind], queries["labels"])
             for kind in ("cls", "mean")}
 
 

@@ -22,7 +22,7 @@ Writes OUTPUT_DIR/tokenizer/{last.pt, metrics.jsonl, config.yaml}.
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,10 @@ from torch import Tensor, nn
 
 import data
 import engine
+import finetune
 from beitv2 import (SIZES, ModelConfig, ModelError, VisionTransformer, dimensions, init_weights, load_pretrained,
                     model_state, read_checkpoint, read_model)
-from engine import Amount, Count, Share, UserError
+from engine import Amount, Beta, Count, Share, UserError
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -50,7 +51,7 @@ class TokenizerConfig(engine.TrainConfig):
     lr: Amount = 2e-4  # the paper's 5e-5 per 128 images
     min_lr: Amount = 1e-5
     warmup_epochs: Amount = 10
-    betas: tuple[Share, Share] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: Amount = 1e-4
     teacher: Literal["clip_vitb16", "dino_vits16", "dino_vitb16", "dinov2_vits14", "dinov2_vitb14",
                      "dinov2_vits14_reg", "dinov2_vitb14_reg", "hog", "pixels", "beitv2"] = "clip_vitb16"  # Act 1
@@ -61,7 +62,7 @@ class TokenizerConfig(engine.TrainConfig):
     depth: Count | None = None  # blocks of the encoder
     num_heads: Count | None = None
     decoder_depth: Count = 3  # blocks of the decoder: shallow, so that the codes must do the work
-    codebook_size: Count = 8192  # K
+    codebook_size: Annotated[int, 2, math.inf] = 8192  # K
     codebook_dim: Count = 32  # D: low, or most codes are never used
     ema_decay: Share = 0.99  # of the codebook's moving average; short runs want .95
     commitment_beta: Amount = 1.0  # weight of the commitment loss
@@ -777,7 +778,7 @@ def evaluate(run: engine.Run, model: VQKD | TeacherTokenizer, teacher: nn.Module
         images = data.to_unit(batch["image"])
         with run.autocast():
             cosine_loss, _, ids = model(images, features_of(teacher, batch))
-        accuracy = engine.knn_accuracy(bank, bank_labels, bag_of_codes(ids, codebook_size), batch["label"])
+        accuracy = finetune.knn_accuracy(bank, bank_labels, bag_of_codes(ids, codebook_size), batch["label"])
         sums += torch.tensor([cosine_loss.item(), accuracy, 1.0], device=run.device) * len(images)
         usage.add(ids.flatten().bincount(minlength=codebook_size))
     loss, hits, count = engine.all_reduce_sum(sums).tolist()

@@ -2,8 +2,10 @@
 
 import errno
 import hashlib
+import io
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -15,8 +17,8 @@ from typing import Literal
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import engine  # noqa: E402
@@ -27,7 +29,7 @@ from engine import UserError  # noqa: E402
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """A run installs its own; pytest wants its own back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in engine.STOP_SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -80,7 +82,8 @@ def test_values_of_a_wrong_type(tmp_path, text, words):
 @pytest.mark.parametrize("text, overrides, key, nearest", [
     ("data: {ratr: 1}", [], "data.ratr", "data.rate"), ("dta: {rate: 1}", [], "dta", "data"), ("sed: 1", [], "sed", "seed"),
     ("", ["data.cuont=1"], "data.cuont", "data.count"), ("", ["devise=cpu"], "devise", "device"),
-    ("data: {zzz: 1}", [], "data.zzz", "data."), ("on: 1", [], "True", ""),
+    ("data: {zzz: 1}", [], "data.zzz", "data."), ("", ["dta.rate=1"], "dta.rate", "data.rate"),
+    ("", ["data.rate.x=1"], "data.rate.x", "data.rate"), ("", ["finetune.lrr=1"], "finetune.lrr", "finetune.lr"), ("on: 1", [], "True", ""),
 ])
 def test_an_unknown_key_is_told_with_the_nearest(tmp_path, text, overrides, key, nearest):
     with pytest.raises(UserError, match=f"unknown key '{key}'.* nearest valid key is '{nearest}") as error:
@@ -90,7 +93,7 @@ def test_an_unknown_key_is_told_with_the_nearest(tmp_path, text, overrides, key,
 
 def test_the_command_line_wins_and_sections_of_others_are_left_alone(tmp_path):
     config = load(tmp_path, "seed: 3\ndata: {rate: 1, count: 5}\nsegment: {anything: 1}", "data.rate=2e-3", "seed=4",
-                  "data.pair=[0.5, 0.6]", "data.name=a=b", "pretrain.whatever=1")
+                  "data.pair=[0.5, 0.6]", "data.name=a=b", "pretrain.epochs=1")
     assert (config.seed, config.data.rate, config.data.count, config.data.name) == (4, 2e-3, 5, "a=b")
     assert config.data.pair == (0.5, 0.6) and config.device == "auto" and not hasattr(config, "segment")
 
@@ -144,6 +147,30 @@ def test_launch_says_one_sentence(error, status, words, monkeypatch, capsys):
         engine.launch(main, KeyError)
     out = capsys.readouterr().err
     assert left.value.code == status and words in out and out.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_what_cannot_be_printed_ends_nothing(monkeypatch, number):
+    """A closed pipe, a lost terminal, a log file on a full disk."""
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(number, os.strerror(number))
+
+        def flush(self):
+            self.write("")
+
+    done = []
+
+    def main():
+        engine.say("hello")
+        print("a warning", file=sys.stderr, flush=True)
+        for i in tqdm(range(2), disable=False):
+            done.append(i)
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    monkeypatch.setattr(sys, "stderr", Gone())
+    engine.launch(main)
+    assert done == [0, 1]
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EIO, "I/O error")])
@@ -337,7 +364,8 @@ def toy_run(folder, poison=None, dropout=0.0, optimizer_class=engine.make_optimi
     return run
 
 
-def toy_train(run, stop_at: int | None = None, stop_rank: int = 0, loss_of=None) -> nn.Module:
+def toy_train(run, stop_at: int | None = None, stop_rank: int = 0, loss_of=None,
+              how: signal.Signals = signal.SIGTERM) -> nn.Module:
     """The loop of the scripts. `stop_at`: the step in which the signal to stop arrives."""
     for epoch in run.epochs():
         for micro_batches in run.steps(epoch):
@@ -348,7 +376,7 @@ def toy_train(run, stop_at: int | None = None, stop_rank: int = 0, loss_of=None)
                 run.backward(loss)
                 run.record(loss=loss)
             if run.step + 1 == stop_at and engine.rank() == stop_rank:
-                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(how)
             run.optimizer_step(run.optimizer)
         run.end_epoch(epoch, train={}, val={"score": float(epoch)})
     run.finish()
@@ -439,7 +467,7 @@ def test_a_run_killed_in_validation_repeats_that_and_no_step(tmp_path, written):
 
     def killed(*args, **kwargs):
         if written:
-            run.write({"epoch": 0, "step": run.step, "train": {"loss": 7.0}, "val": {"score": 7.0}})
+            run.metrics.write({"epoch": 0, "step": run.step, "train": {"loss": 7.0}, "val": {"score": 7.0}})
         raise ZeroDivisionError  # stands for kill -9
 
     run.end_epoch = killed
@@ -461,10 +489,90 @@ def test_a_second_signal_stops_at_once_unless_it_is_the_same_one_passed_on(tmp_p
     run = toy_run(tmp_path)
     signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGINT)  # torchrun passes Ctrl-C on to processes that had it from the terminal already
-    run.stop_time -= 5
+    run.stop.time -= 5
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     assert run.step == 0
+
+
+def test_a_hangup_saves_and_stops(tmp_path):
+    run = toy_run(tmp_path)
+    with pytest.raises(engine.Interrupted):
+        toy_train(run, stop_at=3, how=signal.SIGHUP)
+    assert read_checkpoint(run.checkpoint_file)["step"] == 3
+
+
+def test_under_nohup_a_hangup_is_ignored(tmp_path):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    run = toy_run(tmp_path)
+    toy_train(run, stop_at=3, how=signal.SIGHUP)
+    assert run.step == 12 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_a_finished_run_gives_the_signals_back(tmp_path):
+    before = [signal.getsignal(number) for number in engine.STOP_SIGNALS]
+    run = toy_run(tmp_path)
+    assert [signal.getsignal(number) for number in engine.STOP_SIGNALS] == [run.stop.hear] * 3
+    toy_train(run)
+    assert [signal.getsignal(number) for number in engine.STOP_SIGNALS] == before
+
+
+def hold(folder, ready) -> None:
+    """A run that lives on, as does one of its loader workers."""
+    run = toy_run(folder)  # noqa: F841, its lock lives as long as it does
+    worker = os.fork()
+    if worker:
+        ready.put(worker)
+    signal.pause()
+
+
+def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
+    """The lock dies with its process: kill -9 blocks nobody, not even if a worker of the killed run survives it."""
+    context = multiprocessing.get_context("spawn")  # a fork of a process in which torch has threads may hang
+    ready = context.SimpleQueue()
+    first = context.Process(target=hold, args=(tmp_path, ready))
+    first.start()
+    worker = ready.get()
+    try:
+        with pytest.raises(UserError, match="another run is writing into '.*pretrain'.*output_dir"):
+            toy_run(tmp_path)
+        toy_run(tmp_path / "elsewhere")
+    finally:
+        first.kill()
+        first.join()
+    try:
+        os.kill(worker, 0)  # it is there
+        toy_train(toy_run(tmp_path))
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("without", ["the module", "the file system"])
+def test_where_there_are_no_locks_a_run_goes_without(tmp_path, monkeypatch, without):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(engine, "fcntl", None) if without == "the module" else monkeypatch.setattr(engine.fcntl, "lockf", lockf)
+    run = toy_run(tmp_path)
+    toy_train(run)
+    assert run.step == 12
+
+
+def test_a_folder_in_the_checkpoints_place_is_noticed_at_the_start(tmp_path):
+    (tmp_path / "pretrain" / "last.pt").mkdir(parents=True)
+    with pytest.raises(UserError, match="last.pt' is a folder.*move it away"):
+        toy_run(tmp_path)
+
+
+def test_a_damaged_metrics_file_is_moved_aside(tmp_path, capsys):
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "metrics.jsonl").write_bytes(b"\xff\xfe\x00\x80")
+    run = toy_run(tmp_path)
+    assert "metrics.jsonl' is no text" in capsys.readouterr().out
+    toy_train(run)
+    assert len(metrics(run)) == 6 and (run.folder / "metrics.damaged").read_bytes() == b"\xff\xfe\x00\x80"
+    (run.folder / "metrics.jsonl").write_bytes(b"\xff\xfe\x00\x80")
+    assert engine.read_lines(run.folder / "metrics.jsonl") == []  # for the table and the page
 
 
 def test_a_finished_run_does_nothing_when_started_again(tmp_path):
@@ -525,7 +633,7 @@ def test_gradients_are_clipped_and_the_norm_before_is_reported(tmp_path):
         run.backward((run.model(batch["x"])[:, 0] - batch["x"].sum(dim=1)).square().mean())
         run.optimizer_step(run.optimizer)
         moved[clip] = torch.cat([(p - q).flatten() for p, q in zip(run.model.parameters(), before)]).norm().item()
-        start[clip] = run.window["grad_norm"][0].item()
+        start[clip] = run.metrics.window["grad_norm"][0].item()
         assert all(p.grad is None for p in run.model.parameters())
     assert start[0.25] == pytest.approx(start[0.0]) == pytest.approx(moved[0.0], rel=1e-4) and start[0.0] > 0.25
     assert moved[0.25] == pytest.approx(0.25, rel=1e-4)
@@ -587,7 +695,7 @@ def test_a_skipped_fp16_step_does_not_poison_the_averages(tmp_path):
     assert run.precision.scaler.get_scale() == 65536 / 2
     line = metrics(run)[0]
     assert math.isfinite(line["loss"]) and 0 < line["grad_norm"] < 1e3
-    assert run.totals["grad_norm"][1] == 5 and run.totals["loss"][1] == 6
+    assert run.metrics.totals["grad_norm"][1] == 5 and run.metrics.totals["loss"][1] == 6
     assert all(p.isfinite().all() for p in run.model.parameters())
 
 
@@ -628,53 +736,6 @@ def test_keep_lines(tmp_path):
 def test_changed_keys():
     old, new = {"a": {"x": 1, "y": 2}, "b": 3, "c": 1}, {"a": {"x": 1, "y": 5}, "b": 3, "d": 2}
     assert list(engine.changed_keys(old, new)) == [("a.y", 2, 5), ("c", 1, None), ("d", None, 2)]
-
-
-# --- evaluation --------------------------------------------------------------------------------------------------
-
-
-def test_mean_of_weights():
-    model = nn.Linear(2, 1)
-    mean = engine.MeanOfWeights(model, decay=0.75)
-    first = model.weight.detach().clone()
-    with torch.no_grad():
-        model.weight.add_(4)
-    mean.update(model)
-    assert torch.allclose(mean.model.weight, first + 1) and not mean.model.weight.requires_grad
-    mean.update(model)
-    assert torch.allclose(mean.model.weight, first + 1.75)
-    other = engine.MeanOfWeights(nn.Linear(2, 1), decay=0.75)
-    other.load_state_dict(mean.state_dict())
-    assert torch.equal(other.model.weight, mean.model.weight)
-
-
-@pytest.mark.parametrize("k, bank_size", [(1, 50), (7, 50), (20, 12)])
-def test_knn_accuracy_against_a_loop(k, bank_size):
-    generator = torch.Generator().manual_seed(k)
-    bank, queries = torch.randn(bank_size, 4, generator=generator), torch.randn(1100, 4, generator=generator)  # two chunks
-    bank_labels, labels = torch.randint(3, (bank_size,), generator=generator), torch.randint(5, (1100,), generator=generator)
-    cosine = F.cosine_similarity(queries[:, None], bank[None], dim=-1).tolist()
-    hits = 0
-    for row, label in zip(cosine, labels.tolist()):
-        votes = [0.0] * 5
-        for neighbour in sorted(range(bank_size), key=lambda i: -row[i])[:k]:
-            votes[bank_labels[neighbour]] += math.exp(row[neighbour] / 0.07)
-        hits += max(range(5), key=votes.__getitem__) == label
-    assert 0.1 < hits / 1100 < 0.5  # three classes of five are in the bank
-    assert engine.knn_accuracy(bank, bank_labels, queries, labels, k) == pytest.approx(hits / 1100, abs=1.5 / 1100)
-
-
-def test_extract_features_keeps_order_and_separates_cls(tmp_path):
-    run = toy_run(tmp_path)
-    pixels = torch.arange(5)
-    loader = [{"image": part, "label": part * 10} for part in pixels.split(2)]
-
-    def tokens_of(images):  # [CLS] is 100 + image, the patches are image - 1 and image + 1
-        return torch.stack([images + 100, images - 1, images + 1], dim=1)[..., None].float()
-
-    features = engine.extract_features(run, tokens_of, loader, total=5)
-    assert features["cls"][:, 0].tolist() == [100, 101, 102, 103, 104]
-    assert features["mean"][:, 0].tolist() == [0, 1, 2, 3, 4] and features["labels"].tolist() == [0, 10, 20, 30, 40]
 
 
 # --- two processes -----------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ SCRIPTS = ("tokenizer", "pretrain", "finetune")
 @pytest.fixture(autouse=True)
 def as_found():
     """A run takes over the signals, the arguments and the number of threads: put them back."""
-    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = {number: signal.getsignal(number) for number in engine.STOP_SIGNALS}
     arguments, threads = sys.argv, torch.get_num_threads()
     yield
     sys.argv = arguments
@@ -76,7 +76,7 @@ def home(tmp_path_factory, one_thread):
     """A folder with the tiny config, and in `base` all stages trained by it, for others to start from."""
     folder = tmp_path_factory.mktemp("scripts")
     (folder / "tiny.yaml").write_text(TINY)
-    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = {number: signal.getsignal(number) for number in engine.STOP_SIGNALS}
     for script in (*SCRIPTS, "segment"):
         start(script, folder, "base")
     for number, handler in signals.items():
@@ -485,7 +485,7 @@ def optimizer_step(run, optimizer):
             os.kill(os.getpid(), signal.SIGKILL)
         os.kill(os.getppid(), signal.Signals[how])  # torchrun tells its processes
         for _ in range(2000):  # 20 s: if none arrives, the run ends whole, and the test fails
-            time.sleep(0 if run.stop_signal else 0.01)
+            time.sleep(0 if run.stop.signal else 0.01)
 engine.Run.optimizer_step = optimizer_step
 sys.argv = [script + ".py", *arguments]
 runpy.run_path(os.path.join(code, script + ".py"), run_name="__main__")
@@ -511,6 +511,16 @@ def test_an_interrupted_torchrun(home, uninterrupted, stage, how):
         assert f"{stage}.py" not in done.stderr.partition("the same command goes on from there")[0]  # no traceback of ours
     start(stage, home, output, *INTERRUPTED[stage])
     assert_same_bits(whole, home / output / stage)
+
+
+def test_a_reader_that_has_gone_ends_no_training(home):
+    """`pretrain.py ... | head -1`"""
+    command = [sys.executable, "pretrain.py", *arguments(home, "piped")]
+    with subprocess.Popen(command, cwd=CODE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait(timeout=100) == 0
+    assert not differences(metrics(home / "base/pretrain"), metrics(home / "piped/pretrain"), FIGURES)
 
 
 def test_a_finished_run_started_again(home, capsys):
@@ -611,12 +621,23 @@ def test_a_typo_in_a_key(home, script):
     assert not (home / "typo").exists()
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_typo_in_a_key_of_another_script(home, script):
+    """On the command line nobody else would see it. In the file, that other script does."""
+    text = refusal(script, home, "typo", "segment.crop_sise=3")
+    assert "'segment.crop_sise' in the command line" in text and "'segment.crop_size'" in text
+    file = home / "typo.yaml"
+    file.write_text(TINY.replace("crop_size", "crop_sise"))
+    assert engine.load_config(importlib.import_module(script).SECTIONS, [str(file)]).seed == 0
+
+
 @pytest.mark.parametrize("change, must_be", [
     ("pretrain.epochs=ten", "whole number"), ("pretrain.epochs=1.5", "whole number"), ("pretrain.epochs=true", "whole number"),
     ("pretrain.lr=high", "number"), ("pretrain.lr=yes", "number"), ("pretrain.betas=0.9", "list of 2"),
     ("pretrain.betas=[0.9,0.95,0.99]", "list of 2"), ("pretrain.shared_lm_head=1", "true or false"),
-    ("seed=-1", "at least 0"), ("data.workers=-1", "at least 0"), ("model.patch_size=0", "at least 1"),
-    ("pretrain.drop_path=1.5", "at most 1"), ("pretrain.betas=[0.9,2]", "at most 1"), ("pretrain.num_masked=0", "at least 1"),
+    ("seed=-1", "at least 0"), ("seed=18446744073709551616", "at most 9223372036854775807"), ("data.workers=-1", "at least 0"), ("model.patch_size=0", "at least 1"),
+    ("pretrain.drop_path=1.5", "at most 1"), ("pretrain.betas=[0.9,2]", "at most 0.999999"), ("pretrain.betas=[1,1]", "at most 0.999999"), ("pretrain.num_masked=0", "at least 1"),
+    ("tokenizer.codebook_size=1", "at least 2"), ("finetune.lr=high", "number"),
     ("data.root=3", "text"), ("data.dataset=shape", "shapes"), ("model.size=huge", "large"), ("seed=a", "whole number")])
 def test_a_value_of_the_wrong_type(home, change, must_be):
     key, _, value = change.partition("=")
@@ -834,7 +855,7 @@ def test_base_without_imagenet_and_network(home):
 
 @pytest.mark.parametrize("config", sorted(CODE.glob("configs/*.yaml")), ids=lambda file: file.stem)
 @pytest.mark.parametrize("script", sorted(file.stem for file in CODE.glob("*.py") if "SECTIONS = " in file.read_text()
-                                          and file.stem not in ("engine", "data", "beitv2")))
+                                          and file.stem not in ("engine", "start", "data", "beitv2")))
 def test_every_config_suits_every_script(script, config):
     """And begins with what it is for. No section says what no script reads."""
     engine.load_config(importlib.import_module(script).SECTIONS, [str(config)])

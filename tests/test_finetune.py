@@ -1,0 +1,59 @@
+"""finetune.py: the average of the weights, and what frozen features are measured with. Runs are in test_scripts.py."""
+
+import contextlib
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import finetune  # noqa: E402
+
+
+def test_mean_of_weights():
+    model = nn.Linear(2, 1)
+    mean = finetune.moving_average(model, decay=0.75)
+    first = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.add_(4)
+    mean.update_parameters(model)
+    assert torch.allclose(mean.module.weight, first + 1) and not mean.module.weight.requires_grad
+    mean.update_parameters(model)
+    assert torch.allclose(mean.module.weight, first + 1.75)
+    other = finetune.moving_average(nn.Linear(2, 1), decay=0.75)
+    other.load_state_dict(mean.state_dict())
+    assert torch.equal(other.module.weight, mean.module.weight)
+
+
+@pytest.mark.parametrize("k, bank_size", [(1, 50), (7, 50), (20, 12)])
+def test_knn_accuracy_against_a_loop(k, bank_size):
+    generator = torch.Generator().manual_seed(k)
+    bank, queries = torch.randn(bank_size, 4, generator=generator), torch.randn(1100, 4, generator=generator)  # two chunks
+    bank_labels, labels = torch.randint(3, (bank_size,), generator=generator), torch.randint(5, (1100,), generator=generator)
+    cosine = F.cosine_similarity(queries[:, None], bank[None], dim=-1).tolist()
+    hits = 0
+    for row, label in zip(cosine, labels.tolist()):
+        votes = [0.0] * 5
+        for neighbour in sorted(range(bank_size), key=lambda i: -row[i])[:k]:
+            votes[bank_labels[neighbour]] += math.exp(row[neighbour] / 0.07)
+        hits += max(range(5), key=votes.__getitem__) == label
+    assert 0.1 < hits / 1100 < 0.5  # three classes of five are in the bank
+    assert finetune.knn_accuracy(bank, bank_labels, queries, labels, k) == pytest.approx(hits / 1100, abs=1.5 / 1100)
+
+
+def test_extract_features_keeps_order_and_separates_cls():
+    run = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext)
+    pixels = torch.arange(5)
+    loader = [{"image": part, "label": part * 10} for part in pixels.split(2)]
+
+    def tokens_of(images):  # [CLS] is 100 + image, the patches are image - 1 and image + 1
+        return torch.stack([images + 100, images - 1, images + 1], dim=1)[..., None].float()
+
+    features = finetune.extract_features(run, tokens_of, loader, total=5)
+    assert features["cls"][:, 0].tolist() == [100, 101, 102, 103, 104]
+    assert features["mean"][:, 0].tolist() == [0, 1, 2, 3, 4] and features["labels"].tolist() == [0, 10, 20, 30, 40]
