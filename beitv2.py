@@ -401,14 +401,22 @@ class MaskedImageModel(VisionTransformer):
         logits = self.lm_head(self.norm(take(x[:, 1:], masked)))
         if not self.head_layers:
             return logits, None
+        return logits, self.aggregate(x, kept[self.early_layers], masked, position_bias)
 
-        # Figure 3 of the paper: the final [CLS] beside the early patch tokens.
-        x = torch.cat([x[:, :1], kept[self.early_layers][:, 1:]], dim=1)
+    def aggregate(self, last: Tensor, early: Tensor, masked: Tensor, position_bias: Tensor | None) -> Tensor:
+        """Patch aggregation (Figure 3 of the paper): predict the codes again, from the final [CLS] and early patches.
+
+        last, early     tokens [B, T, D] after the last block, and after block `early_layers`; neither is normed
+        masked          int64 [B, M]
+        position_bias   the bias of the shared table, which the head's blocks use too
+        returns         logits [B, M, K]
+        """
+        x = torch.cat([last[:, :1], early[:, 1:]], dim=1)
         for block in self.cls_pt_layers:
             x = self.run_block(block, x, position_bias)
         norm = getattr(self, "cls_pt_norm", self.norm)
         lm_head = getattr(self, "cls_pt_lm_head", self.lm_head)
-        return logits, lm_head(norm(take(x[:, 1:], masked)))
+        return lm_head(norm(take(x[:, 1:], masked)))
 
 
 def masked_positions(mask: Tensor, num_masked: int) -> Tensor:
