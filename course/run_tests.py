@@ -85,7 +85,7 @@ def run(number: int, submission: Path, workplace: Path) -> dict:
         for file in (f"test_assignment{number}.py", "conftest.py"):
             shutil.copy(PROJECT / "tests" / file, tests)
         (workplace / "pytest.ini").write_text("[pytest]\n")
-        pytest.main([str(tests / f"test_assignment{number}.py"), "-p", "no:cacheprovider", "--tb=no",
+        pytest.main([str(tests / f"test_assignment{number}.py"), "-q", "-p", "no:cacheprovider", "--tb=no",
                      "-c", str(workplace / "pytest.ini")], plugins=[verdict])
     return vars(verdict)
 

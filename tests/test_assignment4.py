@@ -88,13 +88,13 @@ def test_hog_ignores_contrast_and_centres_its_histograms():
 
 
 def test_hog_keeps_patches_and_cells_in_their_places():
-    """A flat image with one bright pixel, in the lower left cell of patch 5 of 4 x 4."""
+    """A flat image with one bright pixel, in the lower left cell of patch 6 of 4 x 4."""
     image = torch.full((1, 3, 32, 32), 0.5)
-    image[..., 14, 9] += 0.3
+    image[..., 14, 17] += 0.3
     features = vqkd.HOG(8)(image)[0]
     strongest = features.norm(dim=1).argmax().item()
-    assert strongest == 5, f"a gradient in patch 5 of a grid of 4 x 4 should show in patch 5, but shows in {strongest}"
-    cell = features[5].view(3, 9, 4).norm(dim=(0, 1)).argmax().item()
+    assert strongest == 6, f"a gradient in patch 6 of a grid of 4 x 4 should show in patch 6, but shows in {strongest}"
+    cell = features[6].view(3, 9, 4).norm(dim=(0, 1)).argmax().item()
     assert cell == 2, f"cells should be counted row by row, so that lower left is 2, but it is {cell}"
 
 
@@ -156,11 +156,28 @@ def test_the_decoder_sees_the_codes_as_an_image():
 # -- VQKD.forward -------------------------------------------------------------------------------------------------
 
 
+def test_the_decoder_sees_codes_and_the_encoder_learns():
+    """The codes are 2 z here. So a decoder that sees z gives another loss, and cut off codes give z no gradient."""
+    torch.manual_seed(0)
+    z = torch.randn(2, 9, 4, requires_grad=True)
+    ids = torch.zeros(2, 9, dtype=torch.int64)
+    model = vq_kd(quantize=Noting(lambda z: (2 * z, ids, torch.tensor(0.0))))
+    seen = []
+    model.encode = lambda images: z
+    model.decode = lambda codes: seen.append(codes) or F.pad(codes, (0, 1))
+    loss = model(torch.rand(2, 3, 12, 12), torch.randn(2, 9, 5))[0]
+    assert seen and torch.allclose(seen[0], 2 * z), \
+        "the decoder should see the codes and nothing else, but sees something else: does z bypass the quantizer?"
+    assert loss.requires_grad, "the cosine loss should have a gradient for the encoder, but has none"
+    loss.backward()
+    assert z.grad is not None and z.grad.abs().max() > 0, "the cosine loss should have a gradient for the encoder"
+
+
 def with_prediction(prediction: torch.Tensor) -> vqkd.VQKD:
     """A VQ-KD that predicts these features, with a commitment loss of .25."""
     model = vq_kd(quantize=Noting(lambda z: (torch.ones(2, 9, 4), torch.zeros(2, 9, dtype=torch.int64), torch.tensor(0.25))))
     model.encode = lambda images: torch.zeros(2, 9, 4)
-    model.decode = lambda codes: prediction * codes.mean()  # codes are all 1, z is 0
+    model.decode = lambda codes: prediction
     return model
 
 
@@ -185,20 +202,3 @@ def test_the_loss_depends_on_directions_only(factor, expected):
     loss = with_prediction(factor * teacher)(torch.rand(2, 3, 12, 12), teacher)[0].item()
     assert abs(loss - expected) < 1e-4, \
         f"for a prediction of {factor:g} times the teacher's features the loss should be {expected:g}, but is {loss:.3f}"
-
-
-def test_the_decoder_sees_codes_and_the_encoder_learns():
-    """The codes are 2 z here. So a decoder that sees z gives another loss, and cut off codes give z no gradient."""
-    torch.manual_seed(0)
-    z = torch.randn(2, 9, 4, requires_grad=True)
-    ids = torch.zeros(2, 9, dtype=torch.int64)
-    model = vq_kd(quantize=Noting(lambda z: (2 * z, ids, torch.tensor(0.0))))
-    seen = []
-    model.encode = lambda images: z
-    model.decode = lambda codes: seen.append(codes) or F.pad(codes, (0, 1))
-    loss = model(torch.rand(2, 3, 12, 12), torch.randn(2, 9, 5))[0]
-    assert seen and torch.allclose(seen[0], 2 * z), \
-        "the decoder should see the codes and nothing else, but sees something else: does z bypass the quantizer?"
-    assert loss.requires_grad, "the cosine loss should have a gradient for the encoder, but has none"
-    loss.backward()
-    assert z.grad is not None and z.grad.abs().max() > 0, "the cosine loss should have a gradient for the encoder"

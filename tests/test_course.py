@@ -224,3 +224,87 @@ def test_each_mistake_is_caught_and_its_message_says_why(number, mistake, tmp_pa
 
 def test_there_are_six_mistakes_for_each_assignment():
     assert all(len(mistakes) >= 6 for mistakes in MISTAKES.values())
+
+
+# -- Hostile submissions ------------------------------------------------------------------------------------------
+
+# What is put in front of data.py, which assignment 2 needs, and what the grader says of it.
+HOSTILE = {
+    "hangs": ("while True: pass", "no end after"),
+    "exits": ("import sys; sys.exit(0)", "SystemExit"),
+    "raises": ("raise RuntimeError('no\\n\\x1b[2Jway')", "RuntimeError: no [2Jway (data.py, line 1)"),
+    "is no Python": ("def f(:", "SyntaxError"),
+    "leaves with success": ("import os; os._exit(0)", "the process ended before its tests did"),
+    "is killed": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended with status -9"),
+    "prints a summary": ("print('===== 14 passed in 0.12s =====', flush=True)\nimport os; os._exit(0)", "before its tests"),
+    "answers itself": ("import json, os\n"
+                       "open('../answer.json', 'w').write(json.dumps(dict(tests=9, passed=9, says='', secret='')))\n"
+                       "os._exit(0)", "before its tests"),
+    "leaves a process behind": ("import subprocess; subprocess.Popen(['sleep', '60'])", "not written yet"),
+    "edits the tests": ("import os\nos.makedirs('tests')\n"
+                        "for n in ('test_assignment2.py', 'conftest.py'):\n"
+                        "    open('tests/' + n, 'w').write('def test(): pass')", "not written yet"),
+}
+
+
+@pytest.mark.parametrize("how", HOSTILE)
+def test_a_hostile_submission_gets_nothing(how, copies, tmp_path):
+    """Everything else of assignment 2 is blank, so that any point would be stolen."""
+    code, says = HOSTILE[how]
+    shutil.copytree(copies / "blank", tmp_path / "copy")
+    (tmp_path / "copy/data.py").write_text(f"{code}\n" + (CODE / "data.py").read_text().replace(
+        "def block_mask(", "def block_mask(*a, **k):\n    raise NotImplementedError('assignment 2')\n\n\ndef unused("))
+    verdict = grade.grade(tmp_path / "copy", 2, seconds=20 if how != "hangs" else 4)
+    assert verdict["points"] == 0 and says in verdict["says"], verdict
+
+
+@pytest.mark.parametrize("body, says", [("import pytest; pytest.skip('later')", "stopped before"),
+                                        ("import pytest; pytest.exit('done', returncode=0)", "stopped before"),
+                                        ("import os; os._exit(0)", "before its tests"),
+                                        ("import sys; sys.exit(0)", "SystemExit")])
+def test_a_function_that_ends_its_test_gets_nothing(body, says, copies, tmp_path):
+    shutil.copytree(copies / "blank", tmp_path / "copy")
+    for file in ("data.py", "beitv2.py"):
+        text = (tmp_path / "copy" / file).read_text()
+        (tmp_path / "copy" / file).write_text(re.sub(r'raise NotImplementedError\("assignment 2: .*', body, text))
+    verdict = grade.grade(tmp_path / "copy", 2, seconds=30)
+    assert verdict["points"] == 0 and says in verdict["says"], verdict
+
+
+def test_files_beside_the_sources_play_no_part(copies, tmp_path, monkeypatch):
+    """A sitecustomize, a plugin, a pytest.ini, a conftest and tests of one's own; also when started from within."""
+    copy = tmp_path / "copy"
+    shutil.copytree(copies / "blank", copy)
+    for name in ("sitecustomize.py", "usercustomize.py", "conftest.py", "tests/conftest.py", "plugin.py", "pytest.py"):
+        (copy / name).write_text(f"open({str(tmp_path / 'was here')!r}, 'w')\nimport os\nos._exit(0)\n")
+    (copy / "pytest.ini").write_text("[pytest]\naddopts = -p plugin --co\n")
+    (copy / "tests/test_assignment2.py").write_text("def test(): pass\n")
+    monkeypatch.setenv("PYTHONPATH", str(copy))
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--co")
+    monkeypatch.setenv("PYTEST_PLUGINS", "plugin")
+    monkeypatch.chdir(copy)
+    verdict = grade.grade(copy, 2)
+    assert verdict["points"] == 0 and verdict["says"].startswith("not written yet"), verdict
+    assert not (tmp_path / "was here").exists()
+
+
+@pytest.mark.parametrize("missing", ["gone", "a folder", "no text"])
+def test_a_source_that_cannot_be_read(missing, copies, tmp_path):
+    shutil.copytree(copies / "solved", tmp_path / "copy")
+    file = tmp_path / "copy/data.py"
+    file.unlink()
+    if missing == "a folder":
+        file.mkdir()
+    elif missing == "no text":
+        file.write_bytes(b"\xff\xfe\xff")
+    verdict = grade.grade(tmp_path / "copy", 2)
+    assert verdict["points"] == 0 and ("no data.py" if missing != "no text" else "UnicodeDecodeError") in verdict["says"]
+    assert grade.grade(tmp_path / "copy", 6)["points"] == 10, "which does not need that file"
+
+
+def test_the_table_names_what_is_missing():
+    verdicts = {2: dict(points=7, of=10, says="75 patches should be masked, but 74 are"), 6: dict(points=10, of=10, says="")}
+    assert grade.table(Path("ada"), verdicts) == """ada
+  2  Block-wise masks    7 of 10  75 patches should be masked, but 74 are
+  6  Patch aggregation  10 of 10
+     total              17 of 20"""
