@@ -109,12 +109,11 @@ def quantizer(codes: int = 64, dim: int = 16, steps: int = 300) -> None:
 def swap(run: str) -> None:
     """The head's accuracy with the image's own [CLS], with that of another image, and with the mean of all."""
     checkpoint = beitv2.read_checkpoint(f"{run}/pretrain/last.pt")
-    names = ["configs/demo.yaml", *(f"{section}.{key}={value}" for section in ("pretrain",)
-                                    for key, value in checkpoint["config"][section].items()
-                                    if key in ("num_masked", "min_block", "early_layers", "head_layers"))]
-    config = pretrain.engine.load_config(pretrain.SECTIONS, names)
-    tokenizer = vqkd.load_tokenizer(config, checkpoint["config"]["pretrain"]["tokenizer_weights"]
-                                    or f"{run}/tokenizer/last.pt", "pretrain.tokenizer_weights")
+    saved = checkpoint["config"]["pretrain"]
+    config = pretrain.engine.load_config(pretrain.SECTIONS, ["configs/demo.yaml", f"output_dir={run}"])
+    for name in ("num_masked", "min_block", "early_layers", "head_layers", "shared_lm_head"):
+        setattr(config.pretrain, name, saved[name])
+    tokenizer = vqkd.load_tokenizer(config, saved["tokenizer_weights"], "pretrain.tokenizer_weights")
     model = pretrain.build_model(config).eval()
     beitv2.load_pretrained(model, checkpoint)
     size = config.data.image_size

@@ -53,7 +53,8 @@ def test_the_index_of_two_patches_says_how_far_apart_they_are(grid):
             down, right = query // grid - key // grid, query % grid - key % grid
             expected, found = (down + grid - 1) * side + right + grid - 1, index[1 + query, 1 + key].item()
             assert found == expected, \
-                f"query patch {query} lies {down} rows and {right} columns from key patch {key} on a grid of {grid}, so " \
+                f"query patch {query} lies {down} rows and {right} columns from key patch {key} on a grid of {grid}, " \
+                "so " \
                 f"their index should be {expected}, but is {found}: query minus key, and (2 grid - 1) indices a row?"
 
 
@@ -99,7 +100,8 @@ def test_queries_keys_and_values_come_head_by_head():
             part = slice(3 * head, 3 * head + 3)
             expected = x @ rows[part].T + bias[part]
             assert torch.allclose(found[i, :, head], expected, atol=1e-4), \
-                f"the {name} of head {head} should be x times rows {6 * i + part.start} to {6 * i + part.stop - 1} of " \
+                f"the {name} of head {head} should be x times rows {6 * i + part.start} to {6 * i + part.stop - 1} " \
+                "of " \
                 f"qkv.weight plus {'no bias' if name == 'keys' else f'{name[0]}_bias'}, but differ by " \
                 f"{difference(found[i, :, head], expected):.2g}"
 
@@ -173,7 +175,8 @@ def test_a_block_adds_two_branches_to_its_input(layer_scale):
     found = block(x, bias)
     assert torch.allclose(found, expected, atol=1e-4), \
         f"a block should be x + gamma_1 * attn(norm1(x)), then x + gamma_2 * mlp(norm2(x))" \
-        f"{'' if layer_scale else ', here without gammas'}, but differs by {difference(found, expected):.2g}: is each " \
+        f"{'' if layer_scale else ', here without gammas'}, but differs by {difference(found, expected):.2g}: is " \
+        "each " \
         f"norm within its branch, and the input added after it?"
     assert block.attn.bias is bias, "the block should hand its position bias on to attention, but does not"
 

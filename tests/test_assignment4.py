@@ -58,7 +58,8 @@ def ramp(degrees: float, size: int = 32, strength: float = 0.01) -> torch.Tensor
 def test_hog_has_a_feature_for_each_patch():
     features = vqkd.HOG(8)(torch.rand(2, 3, 24, 24))
     assert features.shape == (2, 9, 108), \
-        f"HOG of 3 x 3 patches should be [B, N, 4 cells * 3 colours * 9 orientations] = [2, 9, 108], but is {list(features.shape)}"
+        f"HOG of 3 x 3 patches should be [B, N, 4 cells * 3 colours * 9 orientations] = [2, 9, 108], but is " \
+        f"{list(features.shape)}"
 
 
 @pytest.mark.parametrize("degrees", [0, 40, 50, 90, 150, 220])
@@ -71,15 +72,18 @@ def test_hog_counts_the_orientation_of_the_gradient(degrees):
     expected[(int(share) + 1) % 9] += share % 1
     likeness = F.cosine_similarity(histogram, expected - expected.mean(), dim=0).item()
     assert likeness > 0.99, \
-        f"a ramp at {degrees} degrees should vote for orientation {share:.2f} of 9, shared by the two bins around it, but " \
-        f"the largest bin is {histogram.argmax()} and the cosine with what is expected {likeness:.2f}: nine bins over " \
+        f"a ramp at {degrees} degrees should vote for orientation {share:.2f} of 9, shared by the two bins around " \
+        "it, but " \
+        f"the largest bin is {histogram.argmax()} and the cosine with what is expected {likeness:.2f}: nine bins " \
+        "over " \
         f"180 degrees?"
 
 
 def test_hog_ignores_contrast_and_centres_its_histograms():
     weak, strong = (vqkd.HOG(8)(ramp(30, strength=s))[0, 5] for s in (0.008, 0.016))
     assert difference(weak, strong) < 0.4 * strong.abs().max(), \
-        f"half the contrast should give nearly the same features, but they differ by {difference(weak, strong):.2f} of " \
+        f"half the contrast should give nearly the same features, but they differ by {difference(weak, strong):.2f} " \
+        "of " \
         f"{strong.abs().max():.2f}: is each histogram divided by its length + .01?"
     mean = strong.view(3, 9, 4).mean(dim=1).abs().max().item()
     assert mean < 1e-4, f"the nine orientations of a cell should have the mean 0, but have {mean:.2g}: subtract it"
@@ -143,13 +147,16 @@ def test_the_decoder_sees_the_codes_as_an_image():
     codes = torch.randn(2, 9, 4)
     prediction = model.decode(codes)
     assert decoder.input.shape == (2, 4, 3, 3), \
-        f"the decoder should see a grid of codes [B, D, grid, grid] = [2, 4, 3, 3], but sees {list(decoder.input.shape)}"
+        f"the decoder should see a grid of codes [B, D, grid, grid] = [2, 4, 3, 3], but sees " \
+        f"{list(decoder.input.shape)}"
     assert torch.allclose(decoder.input[:, :, 1, 2], codes[:, 5], atol=1e-6), \
-        "code 5 of a grid of 3 x 3 should stand in row 1 and column 2, but does not: is the grid filled row by row, and D " \
+        "code 5 of a grid of 3 x 3 should stand in row 1 and column 2, but does not: is the grid filled row by row, " \
+        "and D " \
         "moved to the front before it is cut?"
     expected = model.decode_task_layer(decoder.output)
     assert prediction.shape == (2, 9, 5) and torch.allclose(prediction, expected, atol=1e-5), \
-        f"the prediction should be decode_task_layer of the decoder's output, [B, N, teacher_dim] = [2, 9, 5], but is " \
+        f"the prediction should be decode_task_layer of the decoder's output, [B, N, teacher_dim] = [2, 9, 5], but " \
+        "is " \
         f"another one, {list(prediction.shape)}"
 
 
@@ -188,7 +195,8 @@ def test_the_loss_is_one_minus_the_cosine():
     cosine = (F.normalize(prediction, dim=-1) * F.normalize(teacher, dim=-1)).sum(dim=-1)  # [B, N]
     assert loss.shape == (), f"the cosine loss should be one number, but is {list(loss.shape)}"
     assert abs(loss.item() - (1 - cosine.mean()).item()) < 1e-4, \
-        f"the cosine loss should be the mean over patches of 1 - cos(prediction, teacher), {1 - cosine.mean():.4f}, but is " \
+        f"the cosine loss should be the mean over patches of 1 - cos(prediction, teacher), {1 - cosine.mean():.4f}, " \
+        "but is " \
         f"{loss.item():.4f}: a cosine for each patch, over the features?"
     assert commitment.item() == 0.25, f"the commitment loss should be that of the quantizer, .25, but is {commitment.item():.3f}"
     assert ids.shape == (2, 9) and ids.dtype == torch.int64, \
@@ -201,4 +209,5 @@ def test_the_loss_depends_on_directions_only(factor, expected):
     teacher = torch.randn(2, 9, 5)
     loss = with_prediction(factor * teacher)(torch.rand(2, 3, 12, 12), teacher)[0].item()
     assert abs(loss - expected) < 1e-4, \
-        f"for a prediction of {factor:g} times the teacher's features the loss should be {expected:g}, but is {loss:.3f}"
+        f"for a prediction of {factor:g} times the teacher's features the loss should be {expected:g}, but is " \
+        f"{loss:.3f}"

@@ -61,7 +61,8 @@ def test_the_head_is_all_its_blocks_then_norm_and_output_layer(masked_image_mode
     expected = torch.stack([model.lm_head(model.norm(x[i, 1 + MASKED[i]])) for i in range(2)])
     found = model.aggregate(last, early, MASKED, None)
     assert torch.allclose(found, expected, atol=1e-4), \
-        f"the head should run all its blocks, then the model's own norm and lm_head on the masked patches, but differs by " \
+        f"the head should run all its blocks, then the model's own norm and lm_head on the masked patches, but " \
+        "differs by " \
         f"{(found - expected).abs().max():.2g}: is each block run once, in order, and [CLS] not counted as a patch?"
 
 
@@ -73,7 +74,8 @@ def test_a_shared_head_has_no_norm_and_output_layer_of_its_own(masked_image_mode
             parameter += 1
         after = model.aggregate(*hidden_states(), MASKED, None)
         assert not torch.allclose(after, before, atol=1e-5), \
-            f"with shared_lm_head the head should use the model's own `{name}`, but a change of it does not reach the head"
+            f"with shared_lm_head the head should use the model's own `{name}`, but a change of it does not reach " \
+            "the head"
         before = after
 
 
@@ -87,7 +89,8 @@ def test_a_separate_head_has_its_own_norm_and_output_layer(masked_image_model):
             parameter += 1
         after = model.aggregate(*hidden_states(), MASKED, None)
         assert torch.allclose(after, before, atol=1e-5) != matters, \
-            f"with shared_lm_head=False the head should use cls_pt_norm and cls_pt_lm_head only, but a change of `{name}` " \
+            f"with shared_lm_head=False the head should use cls_pt_norm and cls_pt_lm_head only, but a change of " \
+            f"`{name}` " \
             f"{'does not reach it' if matters else 'reaches it'}"
         before = after
 

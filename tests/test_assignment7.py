@@ -30,7 +30,8 @@ def test_knn_compares_directions():
     """The query points to class 0; class 1 has a long vector 60 degrees away, whose product with it is larger."""
     found = accuracy([direction(5), direction(60, 100)], [0, 1], [direction(0)], [0], k=1)
     assert found == 1, \
-        f"the nearest neighbour by cosine is of class 0, so the accuracy should be 1, but is {found:g}: are bank and queries " \
+        f"the nearest neighbour by cosine is of class 0, so the accuracy should be 1, but is {found:g}: are bank and " \
+        "queries " \
         f"normalised?"
 
 
@@ -40,7 +41,8 @@ def test_knn_does_not_depend_on_the_lengths_of_queries(length):
     bank = [direction(10), direction(40), direction(-40)]
     found = accuracy(bank, [0, 1, 1], [direction(0, length)], [0], k=3)
     assert found == 1, \
-        f"one neighbour 10 degrees away should outvote two at 40 degrees, whatever the query's length, here {length:g}, but " \
+        f"one neighbour 10 degrees away should outvote two at 40 degrees, whatever the query's length, here " \
+        f"{length:g}, but " \
         f"the accuracy is {found:g}: are queries normalised, and votes exp(cosine / temperature)?"
 
 
@@ -52,7 +54,8 @@ def test_knn_lets_near_neighbours_outvote_far_ones():
         f"exp(cosine / temperature)?"
     found = accuracy(bank, labels, [direction(0)], [1], k=5, temperature=10.0)
     assert found == 1, \
-        f"at a temperature of 10 all votes weigh about the same, and three should outvote two, but the accuracy is {found:g}: " \
+        f"at a temperature of 10 all votes weigh about the same, and three should outvote two, but the accuracy is " \
+        f"{found:g}: " \
         f"is the cosine divided by the temperature, and do all k vote?"
 
 
@@ -84,7 +87,8 @@ def scale(name: str) -> float:
 @pytest.mark.parametrize("name", ["head.weight", "fc_norm.bias", "norm.weight"])
 def test_the_head_learns_at_the_full_rate(name):
     assert scale(name) == 1, \
-        f"'{name}' should learn at the full rate, but learns at {scale(name):.4g} of it: does the decay count from the top?"
+        f"'{name}' should learn at the full rate, but learns at {scale(name):.4g} of it: does the decay count from " \
+        "the top?"
 
 
 @pytest.mark.parametrize("block", [0, 1, 10, 11])
@@ -92,14 +96,16 @@ def test_each_block_learns_more_slowly_than_the_one_above(block):
     found = scale(f"blocks.{block}.attn.qkv.weight")
     expected = 0.65 ** (12 - block)
     assert math.isclose(found, expected), \
-        f"'blocks.{block}', layer {block + 1} of 12, should learn at .65^{12 - block} = {expected:.4g} of the rate, but at " \
+        f"'blocks.{block}', layer {block + 1} of 12, should learn at .65^{12 - block} = {expected:.4g} of the rate, " \
+        "but at " \
         f"{found:.4g}: names count blocks from 0, layers from 1, and the top layer is number L + 1"
 
 
 @pytest.mark.parametrize("name", ["cls_token", "patch_embed.proj.weight", "pos_embed", "mask_token"])
 def test_the_embeddings_learn_slowest(name):
     assert math.isclose(scale(name), 0.65**13), \
-        f"'{name}' is layer 0, so it should learn at .65^13 = {0.65**13:.4g} of the rate, but learns at {scale(name):.4g}"
+        f"'{name}' is layer 0, so it should learn at .65^13 = {0.65**13:.4g} of the rate, but learns at " \
+        f"{scale(name):.4g}"
 
 
 # -- Classifier.forward -------------------------------------------------------------------------------------------
@@ -124,7 +130,8 @@ def test_the_classifier_sees_the_normed_mean_of_the_patches():
     assert logits.shape == (2, 3), f"the logits should be [B, classes] = [2, 3], but are {list(logits.shape)}"
     expected = model.head(model.fc_norm(tokens[:, 1:].mean(dim=1)))
     assert torch.allclose(logits, expected, atol=1e-4), \
-        f"the logits should be head(fc_norm(mean of the patches)), but differ by {(logits - expected).abs().max():.2g}: the mean " \
+        f"the logits should be head(fc_norm(mean of the patches)), but differ by " \
+        f"{(logits - expected).abs().max():.2g}: the mean " \
         f"first, without [CLS], then the norm?"
 
 
