@@ -54,8 +54,7 @@ def test_the_index_of_two_patches_says_how_far_apart_they_are(grid):
             expected, found = (down + grid - 1) * side + right + grid - 1, index[1 + query, 1 + key].item()
             assert found == expected, \
                 f"query patch {query} lies {down} rows and {right} columns from key patch {key} on a grid of {grid}, " \
-                "so " \
-                f"their index should be {expected}, but is {found}: query minus key, and (2 grid - 1) indices a row?"
+                f"so their index should be {expected}, but is {found}: query minus key, and (2 grid - 1) indices a row?"
 
 
 def test_the_last_three_rows_belong_to_cls():
@@ -101,8 +100,7 @@ def test_queries_keys_and_values_come_head_by_head():
             expected = x @ rows[part].T + bias[part]
             assert torch.allclose(found[i, :, head], expected, atol=1e-4), \
                 f"the {name} of head {head} should be x times rows {6 * i + part.start} to {6 * i + part.stop - 1} " \
-                "of " \
-                f"qkv.weight plus {'no bias' if name == 'keys' else f'{name[0]}_bias'}, but differ by " \
+                f"of qkv.weight plus {'no bias' if name == 'keys' else f'{name[0]}_bias'}, but differ by " \
                 f"{difference(found[i, :, head], expected):.2g}"
 
 
@@ -119,9 +117,11 @@ def test_attention_is_the_formula():
     attention = stub_of_queries(beitv2.Attention(dim=12, num_heads=3), q, k, v)
     logits = q @ k.transpose(-2, -1) / math.sqrt(4)
     for name, given, expected in (
-            ("without a bias", None, logits.softmax(-1) @ v), ("with a position bias", bias, (logits + bias).softmax(-1) @ v)):
+            ("without a bias", None, logits.softmax(-1) @ v),
+            ("with a position bias", bias, (logits + bias).softmax(-1) @ v)):
         found = attention(torch.zeros(2, 5, 12), given)
-        assert found.shape == (2, 5, 12), f"attention should return [B, T, D] = [2, 5, 12], but returns {list(found.shape)}"
+        assert found.shape == (2, 5, 12), \
+            f"attention should return [B, T, D] = [2, 5, 12], but returns {list(found.shape)}"
         expected = torch.cat([expected[:, head] for head in range(3)], dim=-1)  # the heads side by side
         assert torch.allclose(found, expected, atol=1e-5), \
             f"{name}, attention should be softmax(q k^T / sqrt(D / heads) + bias) v with the heads side by side, but " \
@@ -138,7 +138,8 @@ def test_a_bias_can_forbid_a_token():
     before = attention(torch.zeros(1, 5, 4), bias)
     v[..., 3, :] += 100
     moved = difference(attention(torch.zeros(1, 5, 4), bias), before)
-    assert moved < 1e-4, f"a bias of -10000 towards token 3 should hide its value from all queries, but the output moves " \
+    assert moved < 1e-4, \
+        f"a bias of -10000 towards token 3 should hide its value from all queries, but the output moves " \
                          f"by {moved:.2g}: is the bias added to the logits, and does its last dimension count keys?"
 
 
@@ -174,10 +175,9 @@ def test_a_block_adds_two_branches_to_its_input(layer_scale):
     expected = middle + gamma_2 * block.mlp(block.norm2(middle))
     found = block(x, bias)
     assert torch.allclose(found, expected, atol=1e-4), \
-        f"a block should be x + gamma_1 * attn(norm1(x)), then x + gamma_2 * mlp(norm2(x))" \
-        f"{'' if layer_scale else ', here without gammas'}, but differs by {difference(found, expected):.2g}: is " \
-        "each " \
-        f"norm within its branch, and the input added after it?"
+        "a block should be x + gamma_1 * attn(norm1(x)), then x + gamma_2 * " \
+        f"mlp(norm2(x)){'' if layer_scale else ', here without gammas'}, but differs by " \
+        f"{difference(found, expected):.2g}: is each norm within its branch, and the input added after it?"
     assert block.attn.bias is bias, "the block should hand its position bias on to attention, but does not"
 
 

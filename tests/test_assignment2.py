@@ -34,8 +34,7 @@ def test_exactly_as_many_patches_are_masked_as_asked(grid, num_masked, min_block
             f"a mask should be bool [grid * grid] = [{grid**2}], but is {mask.dtype} {list(mask.shape)}"
         assert mask.sum() == num_masked, \
             f"{num_masked} of {grid**2} patches should be masked in every image, but here {mask.sum()} are: does a " \
-            "patch " \
-            f"that two blocks cover count once, and is what is missing at the end filled up?"
+            "patch that two blocks cover count once, and is what is missing at the end filled up?"
 
 
 def test_more_masked_patches_than_there_are():
@@ -73,13 +72,11 @@ def test_blocks_are_as_often_tall_as_wide():
     whole = [(height, width) for height, width in sizes if 12 <= height * width <= 18]
     assert len(whole) > 80, \
         f"with num_masked = min_block = 16 about a third of the masks should be one rectangle, but only {len(whole)} " \
-        "of " \
-        f"400 are: does the area start at min_block?"
+        "of 400 are: does the area start at min_block?"
     tall, wide = (sum(a > b for a, b in pairs) for pairs in (whole, [(w, h) for h, w in whole]))
     assert min(tall, wide) > 0.25 * len(whole), \
         f"blocks should be tall as often as wide, but {tall} are tall, {wide} wide and {len(whole) - tall - wide} " \
-        "square: " \
-        f"is the logarithm of the aspect ratio uniform between log .3 and log 1/.3?"
+        "square: is the logarithm of the aspect ratio uniform between log .3 and log 1/.3?"
     assert max(height for height, _ in whole) <= 8, \
         f"16 patches at an aspect ratio of at most 1/.3 should be 7 high, but one block is {max(whole)[0]} high"
 
@@ -92,8 +89,7 @@ def test_blocks_reach_all_borders():
         one, other = one.mean().item(), other.mean().item()
         assert abs(one - other) < 0.25 * max(one, other), \
             f"the {name} border should be masked equally often, but {one:.3f} and {other:.3f} of their patches are: " \
-            "a " \
-            f"block of height h has grid - h + 1 places"
+            "a block of height h has grid - h + 1 places"
 
 
 def test_masks_grow_from_blocks_that_fill_what_is_left():

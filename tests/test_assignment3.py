@@ -71,9 +71,8 @@ def test_forward_returns_the_nearest_codes_of_the_direction_of_z(monkeypatch):
         f"{list(ids.shape)}"
     lengths = seen[0].norm(dim=-1)
     assert torch.allclose(lengths, torch.ones(6), atol=1e-5), \
-        f"z should have length 1 before its nearest code is looked for (equation 1), but has up to " \
-        f"{lengths.max():.2f}: " \
-        f"is the l2 normalisation missing?"
+        "z should have length 1 before its nearest code is looked for (equation 1), but has up to " \
+        f"{lengths.max():.2f}: is the l2 normalisation missing?"
     assert torch.allclose(codes, q.embedding.weight[ids], atol=1e-5), \
         "the returned codes should be the rows `ids` of the codebook, but are not"
 
@@ -90,9 +89,8 @@ def test_the_gradient_passes_straight_through(monkeypatch):
     same = z.detach().clone().requires_grad_()
     F.normalize(same, dim=-1).backward(upstream)
     assert torch.allclose(z.grad, same.grad, atol=1e-5), \
-        f"the gradient of l2(z) should equal the gradient of the code, but differs by " \
-        f"{difference(z.grad, same.grad):.2g}: " \
-        f"is the straight-through estimator missing?"
+        "the gradient of l2(z) should equal the gradient of the code, but differs by " \
+        f"{difference(z.grad, same.grad):.2g}: is the straight-through estimator missing?"
 
 
 def test_the_commitment_loss_pulls_z_and_leaves_the_codes_alone(monkeypatch):
@@ -154,12 +152,11 @@ def test_count_adds_up_hits_and_vectors():
     hit(q, z[2:], [1])
     assert q.counts.tolist() == [0, 2, 0, 1, 0, 0, 0, 0], \
         f"after hits of codes 3, 1 and 1 `counts` should be [0, 2, 0, 1, 0, 0, 0, 0], but is {q.counts.tolist()}: do " \
-        "hits of two " \
-        f"batches add up?"
+        "hits of two batches add up?"
     expected = torch.zeros(8, 4)
     expected[3], expected[1] = z[0], z[1] + z[2]
     assert torch.allclose(q.sums, expected, atol=1e-6), \
-        f"`sums` should hold the sum of the vectors that hit each code, but differs by " \
+        "`sums` should hold the sum of the vectors that hit each code, but differs by " \
         f"{difference(q.sums, expected):.2g}"
 
 
@@ -178,7 +175,7 @@ def test_update_moves_codes_towards_the_mean_of_what_hit_them():
         length = q.embedding.weight[code].norm().item()
         assert abs(length - 1) < 1e-4, f"codes should keep length 1, but one has {length:.3f}: normalise after moving"
         assert torch.allclose(q.embedding.weight[code], expected, atol=1e-5), \
-            f"a code that was hit should be l2(decay w + (1 - decay) l2(mean of its vectors)), but differs by " \
+            "a code that was hit should be l2(decay w + (1 - decay) l2(mean of its vectors)), but differs by " \
             f"{difference(q.embedding.weight[code], expected):.2g}: is the mean normalised, and decay the share that " \
             "stays?"
     assert hits.tolist() == [0, 0, 3, 0, 0, 2, 0, 0], \
@@ -195,8 +192,7 @@ def test_the_running_count_is_an_average_of_hits():
     expected[2] = 0.9 + 0.1 * 5
     assert torch.allclose(q.running_count, expected), \
         f"running_count should be decay * running_count + (1 - decay) * hits, {expected[2]:.2f} for a code with 5 " \
-        "hits and " \
-        f".90 for one without, but is {q.running_count[2]:.2f} and {q.running_count[0]:.2f}"
+        f"hits and .90 for one without, but is {q.running_count[2]:.2f} and {q.running_count[0]:.2f}"
 
 
 def test_dead_codes_start_anew_on_vectors_of_the_batch():
@@ -246,7 +242,7 @@ def test_k_means_finds_clusters():
     z, directions = clusters()
     distance = best_start(quantizer(codes=4, dim=4), z, directions)
     assert distance < 0.05, \
-        f"k-means over four clusters should put a code into each, but the best of ten seeds misses one by " \
+        "k-means over four clusters should put a code into each, but the best of ten seeds misses one by " \
         f"{distance:.2f}"
 
 
@@ -289,5 +285,4 @@ def test_perplexity_says_how_many_codes_are_in_use(counts, expected):
     found = float(vqkd.perplexity(torch.tensor(counts, dtype=torch.float64)))
     assert math.isclose(found, expected, rel_tol=1e-4), \
         f"the perplexity of hits {counts} should be exp(entropy) = {expected:.3f}, but is {found:.3f}: with a " \
-        "logarithm to " \
-        f"base e, and 0 log 0 = 0?"
+        "logarithm to base e, and 0 log 0 = 0?"

@@ -58,7 +58,7 @@ def ramp(degrees: float, size: int = 32, strength: float = 0.01) -> torch.Tensor
 def test_hog_has_a_feature_for_each_patch():
     features = vqkd.HOG(8)(torch.rand(2, 3, 24, 24))
     assert features.shape == (2, 9, 108), \
-        f"HOG of 3 x 3 patches should be [B, N, 4 cells * 3 colours * 9 orientations] = [2, 9, 108], but is " \
+        "HOG of 3 x 3 patches should be [B, N, 4 cells * 3 colours * 9 orientations] = [2, 9, 108], but is " \
         f"{list(features.shape)}"
 
 
@@ -73,18 +73,15 @@ def test_hog_counts_the_orientation_of_the_gradient(degrees):
     likeness = F.cosine_similarity(histogram, expected - expected.mean(), dim=0).item()
     assert likeness > 0.99, \
         f"a ramp at {degrees} degrees should vote for orientation {share:.2f} of 9, shared by the two bins around " \
-        "it, but " \
-        f"the largest bin is {histogram.argmax()} and the cosine with what is expected {likeness:.2f}: nine bins " \
-        "over " \
-        f"180 degrees?"
+        f"it, but the largest bin is {histogram.argmax()} and the cosine with what is expected {likeness:.2f}: nine " \
+        "bins over 180 degrees?"
 
 
 def test_hog_ignores_contrast_and_centres_its_histograms():
     weak, strong = (vqkd.HOG(8)(ramp(30, strength=s))[0, 5] for s in (0.008, 0.016))
     assert difference(weak, strong) < 0.4 * strong.abs().max(), \
         f"half the contrast should give nearly the same features, but they differ by {difference(weak, strong):.2f} " \
-        "of " \
-        f"{strong.abs().max():.2f}: is each histogram divided by its length + .01?"
+        f"of {strong.abs().max():.2f}: is each histogram divided by its length + .01?"
     mean = strong.view(3, 9, 4).mean(dim=1).abs().max().item()
     assert mean < 1e-4, f"the nine orientations of a cell should have the mean 0, but have {mean:.2g}: subtract it"
     flat = vqkd.HOG(8)(torch.full((1, 3, 16, 16), 0.3)).abs().max().item()
@@ -115,7 +112,8 @@ def test_the_encoder_sees_images_from_minus_one_to_one():
     assert torch.allclose(encoder.input, 2 * images - 1, atol=1e-6), \
         f"the encoder should see images in [-1, 1], but sees {low:.2f} to {high:.2f}: they come in [0, 1]"
     expected = model.encode_task_layer(encoder.output)
-    assert z.shape == (2, 9, 4), f"z should be [B, N, D] = [2, 9, 4], but is {list(z.shape)}: is encode_task_layer missing?"
+    assert z.shape == (2, 9, 4), \
+        f"z should be [B, N, D] = [2, 9, 4], but is {list(z.shape)}: is encode_task_layer missing?"
     assert torch.allclose(z, expected, atol=1e-5), "z should be encode_task_layer of the encoder's features, but is not"
 
 
@@ -147,17 +145,15 @@ def test_the_decoder_sees_the_codes_as_an_image():
     codes = torch.randn(2, 9, 4)
     prediction = model.decode(codes)
     assert decoder.input.shape == (2, 4, 3, 3), \
-        f"the decoder should see a grid of codes [B, D, grid, grid] = [2, 4, 3, 3], but sees " \
+        "the decoder should see a grid of codes [B, D, grid, grid] = [2, 4, 3, 3], but sees " \
         f"{list(decoder.input.shape)}"
     assert torch.allclose(decoder.input[:, :, 1, 2], codes[:, 5], atol=1e-6), \
         "code 5 of a grid of 3 x 3 should stand in row 1 and column 2, but does not: is the grid filled row by row, " \
-        "and D " \
-        "moved to the front before it is cut?"
+        "and D moved to the front before it is cut?"
     expected = model.decode_task_layer(decoder.output)
     assert prediction.shape == (2, 9, 5) and torch.allclose(prediction, expected, atol=1e-5), \
-        f"the prediction should be decode_task_layer of the decoder's output, [B, N, teacher_dim] = [2, 9, 5], but " \
-        "is " \
-        f"another one, {list(prediction.shape)}"
+        "the prediction should be decode_task_layer of the decoder's output, [B, N, teacher_dim] = [2, 9, 5], but " \
+        f"is another one, {list(prediction.shape)}"
 
 
 # -- VQKD.forward -------------------------------------------------------------------------------------------------
@@ -182,7 +178,8 @@ def test_the_decoder_sees_codes_and_the_encoder_learns():
 
 def with_prediction(prediction: torch.Tensor) -> vqkd.VQKD:
     """A VQ-KD that predicts these features, with a commitment loss of .25."""
-    model = vq_kd(quantize=Noting(lambda z: (torch.ones(2, 9, 4), torch.zeros(2, 9, dtype=torch.int64), torch.tensor(0.25))))
+    ids = torch.zeros(2, 9, dtype=torch.int64)
+    model = vq_kd(quantize=Noting(lambda z: (torch.ones(2, 9, 4), ids, torch.tensor(0.25))))
     model.encode = lambda images: torch.zeros(2, 9, 4)
     model.decode = lambda codes: prediction
     return model
@@ -196,9 +193,9 @@ def test_the_loss_is_one_minus_the_cosine():
     assert loss.shape == (), f"the cosine loss should be one number, but is {list(loss.shape)}"
     assert abs(loss.item() - (1 - cosine.mean()).item()) < 1e-4, \
         f"the cosine loss should be the mean over patches of 1 - cos(prediction, teacher), {1 - cosine.mean():.4f}, " \
-        "but is " \
-        f"{loss.item():.4f}: a cosine for each patch, over the features?"
-    assert commitment.item() == 0.25, f"the commitment loss should be that of the quantizer, .25, but is {commitment.item():.3f}"
+        f"but is {loss.item():.4f}: a cosine for each patch, over the features?"
+    assert commitment.item() == 0.25, \
+        f"the commitment loss should be that of the quantizer, .25, but is {commitment.item():.3f}"
     assert ids.shape == (2, 9) and ids.dtype == torch.int64, \
         f"the ids should be those of the quantizer, int64 [2, 9], but are {ids.dtype} {list(ids.shape)}"
 

@@ -18,12 +18,12 @@ MASKED = torch.tensor([[0, 3, 6, 12], [1, 2, 9, 15]])  # positions among the 16 
 def test_take_picks_the_tokens_of_each_image():
     tokens = torch.arange(2 * 16 * 3.0).view(2, 16, 3)
     found = beitv2.take(tokens, MASKED)
-    assert found.shape == (2, 4, 3), f"4 positions of tokens [2, 16, 3] should give [2, 4, 3], but give {list(found.shape)}"
+    assert found.shape == (2, 4, 3), \
+        f"4 positions of tokens [2, 16, 3] should give [2, 4, 3], but give {list(found.shape)}"
     for image in range(2):
         assert torch.equal(found[image], tokens[image, MASKED[image]]), \
             f"image {image} should give its tokens at {MASKED[image].tolist()}, but gives others: each image has " \
-            "positions " \
-            f"of its own"
+            "positions of its own"
 
 
 def hidden_states(model, images) -> dict[int, torch.Tensor]:
@@ -40,7 +40,7 @@ def test_logits_name_the_codes_of_the_masked_patches(masked_image_model):
     for image in range(2):
         expected = model.lm_head(model.norm(tokens[image, 1 + MASKED[image]]))
         assert torch.allclose(logits[image], expected, atol=1e-4), \
-            f"the logits should be lm_head(norm(tokens of the masked patches)), but differ by " \
+            "the logits should be lm_head(norm(tokens of the masked patches)), but differ by " \
             f"{(logits[image] - expected).abs().max():.2g}: is the norm there, and [CLS], token 0, not counted as a " \
             "patch?"
 
@@ -52,8 +52,7 @@ def test_what_is_masked_is_not_seen(masked_image_model):
     moved = (model(images, MASKED[:1])[0] - before).abs().max().item()
     assert moved < 1e-5, \
         f"pixels of a masked patch should not change any logits, but move them by {moved:.2g}: does `embed` get the " \
-        "masked " \
-        f"positions and the mask token?"
+        "masked positions and the mask token?"
     images[:, :, :4, 4:8] += 5  # patch 1, which is visible
     assert not torch.allclose(model(images, MASKED[:1])[0], before), \
         "pixels of a visible patch should change the logits, but do not"
@@ -77,8 +76,7 @@ def test_the_head_is_given_what_it_needs(masked_image_model, early_layers):
     for name, layer in (("last", 3), ("early", early_layers)):
         assert torch.allclose(given[name], states[layer], atol=1e-5), \
             f"`{name}` should be the tokens after block {layer} of 3, all of them and not normed, but is something " \
-            "else: " \
-            f"layers are counted from 1"
+            "else: layers are counted from 1"
     assert torch.equal(given["masked"], MASKED), "`aggregate` should be given the masked positions"
     assert given["position_bias"] is bias, "`aggregate` should be given the position bias that all blocks share"
     assert all(block.biases[0] is bias for block in model.blocks), "the blocks should be given the shared position bias"
@@ -102,14 +100,14 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_masked_patches():
     assert loss.shape == (), f"the loss should be one number, but is {list(loss.shape)}"
     assert abs(loss.item() - expected.item()) < 1e-4, \
         f"the loss should be the mean of - log p(code) over all masked patches, {expected:.4f}, but is {loss:.4f}: a " \
-        "mean, " \
-        f"not a sum, of a softmax over the codes?"
+        "mean, not a sum, of a softmax over the codes?"
 
 
 def test_the_accuracy_is_the_share_of_masked_patches_that_are_right():
     logits, codes = logits_and_codes()
     accuracy = float(pretrain.cross_entropy(logits, codes)[1])
-    assert abs(accuracy - 3 / 8) < 1e-6, f"3 of 8 codes are right, so the accuracy should be .375, but is {accuracy:.3f}"
+    assert abs(accuracy - 3 / 8) < 1e-6, \
+        f"3 of 8 codes are right, so the accuracy should be .375, but is {accuracy:.3f}"
 
 
 def test_the_loss_of_half_precision_is_computed_in_float32():

@@ -28,7 +28,8 @@ def moves(model, last: torch.Tensor, early: torch.Tensor, tokens: torch.Tensor) 
 
 def test_the_head_gives_a_logit_for_each_code(masked_image_model):
     logits = masked_image_model().aggregate(*hidden_states(), MASKED, None)
-    assert logits.shape == (2, 4, 11), f"the head's logits should be [B, M, K] = [2, 4, 11], but are {list(logits.shape)}"
+    assert logits.shape == (2, 4, 11), \
+        f"the head's logits should be [B, M, K] = [2, 4, 11], but are {list(logits.shape)}"
 
 
 def test_the_head_sees_the_last_cls_and_early_patches(masked_image_model):
@@ -61,9 +62,9 @@ def test_the_head_is_all_its_blocks_then_norm_and_output_layer(masked_image_mode
     expected = torch.stack([model.lm_head(model.norm(x[i, 1 + MASKED[i]])) for i in range(2)])
     found = model.aggregate(last, early, MASKED, None)
     assert torch.allclose(found, expected, atol=1e-4), \
-        f"the head should run all its blocks, then the model's own norm and lm_head on the masked patches, but " \
-        "differs by " \
-        f"{(found - expected).abs().max():.2g}: is each block run once, in order, and [CLS] not counted as a patch?"
+        "the head should run all its blocks, then the model's own norm and lm_head on the masked patches, but " \
+        f"differs by {(found - expected).abs().max():.2g}: is each block run once, in order, and [CLS] not counted " \
+        "as a patch?"
 
 
 def test_a_shared_head_has_no_norm_and_output_layer_of_its_own(masked_image_model):
@@ -89,9 +90,8 @@ def test_a_separate_head_has_its_own_norm_and_output_layer(masked_image_model):
             parameter += 1
         after = model.aggregate(*hidden_states(), MASKED, None)
         assert torch.allclose(after, before, atol=1e-5) != matters, \
-            f"with shared_lm_head=False the head should use cls_pt_norm and cls_pt_lm_head only, but a change of " \
-            f"`{name}` " \
-            f"{'does not reach it' if matters else 'reaches it'}"
+            "with shared_lm_head=False the head should use cls_pt_norm and cls_pt_lm_head only, but a change of " \
+            f"`{name}` {'does not reach it' if matters else 'reaches it'}"
         before = after
 
 

@@ -31,8 +31,7 @@ def test_knn_compares_directions():
     found = accuracy([direction(5), direction(60, 100)], [0, 1], [direction(0)], [0], k=1)
     assert found == 1, \
         f"the nearest neighbour by cosine is of class 0, so the accuracy should be 1, but is {found:g}: are bank and " \
-        "queries " \
-        f"normalised?"
+        "queries normalised?"
 
 
 @pytest.mark.parametrize("length", [0.01, 100.0])
@@ -41,9 +40,8 @@ def test_knn_does_not_depend_on_the_lengths_of_queries(length):
     bank = [direction(10), direction(40), direction(-40)]
     found = accuracy(bank, [0, 1, 1], [direction(0, length)], [0], k=3)
     assert found == 1, \
-        f"one neighbour 10 degrees away should outvote two at 40 degrees, whatever the query's length, here " \
-        f"{length:g}, but " \
-        f"the accuracy is {found:g}: are queries normalised, and votes exp(cosine / temperature)?"
+        "one neighbour 10 degrees away should outvote two at 40 degrees, whatever the query's length, here " \
+        f"{length:g}, but the accuracy is {found:g}: are queries normalised, and votes exp(cosine / temperature)?"
 
 
 def test_knn_lets_near_neighbours_outvote_far_ones():
@@ -54,9 +52,8 @@ def test_knn_lets_near_neighbours_outvote_far_ones():
         f"exp(cosine / temperature)?"
     found = accuracy(bank, labels, [direction(0)], [1], k=5, temperature=10.0)
     assert found == 1, \
-        f"at a temperature of 10 all votes weigh about the same, and three should outvote two, but the accuracy is " \
-        f"{found:g}: " \
-        f"is the cosine divided by the temperature, and do all k vote?"
+        "at a temperature of 10 all votes weigh about the same, and three should outvote two, but the accuracy is " \
+        f"{found:g}: is the cosine divided by the temperature, and do all k vote?"
 
 
 def test_only_k_neighbours_vote():
@@ -64,7 +61,8 @@ def test_only_k_neighbours_vote():
     found = accuracy(bank, labels, [direction(0)], [0], k=1)
     assert found == 1, f"with k=1 the nearest neighbour decides, so the accuracy should be 1, but is {found:g}"
     found = accuracy(bank, labels, [direction(0)], [1], k=20, temperature=1.0)
-    assert found == 1, f"with k larger than the bank all of it should vote, so the accuracy should be 1, but is {found:g}"
+    assert found == 1, \
+        f"with k larger than the bank all of it should vote, so the accuracy should be 1, but is {found:g}"
 
 
 def test_knn_returns_a_share_of_all_queries():
@@ -74,7 +72,8 @@ def test_knn_returns_a_share_of_all_queries():
     truth = torch.randint(4, (3000,))
     wrong = torch.arange(3000) % 4 == 0
     found = engine.knn_accuracy(bank, labels, bank[truth], torch.where(wrong, (truth + 1) % 4, truth), k=1)
-    assert abs(found - 0.75) < 1e-6, f"2250 of 3000 queries are right, so the accuracy should be .75, but is {found:.4f}"
+    assert abs(found - 0.75) < 1e-6, \
+        f"2250 of 3000 queries are right, so the accuracy should be .75, but is {found:.4f}"
 
 
 # -- lr_scale -----------------------------------------------------------------------------------------------------
@@ -97,8 +96,7 @@ def test_each_block_learns_more_slowly_than_the_one_above(block):
     expected = 0.65 ** (12 - block)
     assert math.isclose(found, expected), \
         f"'blocks.{block}', layer {block + 1} of 12, should learn at .65^{12 - block} = {expected:.4g} of the rate, " \
-        "but at " \
-        f"{found:.4g}: names count blocks from 0, layers from 1, and the top layer is number L + 1"
+        f"but at {found:.4g}: names count blocks from 0, layers from 1, and the top layer is number L + 1"
 
 
 @pytest.mark.parametrize("name", ["cls_token", "patch_embed.proj.weight", "pos_embed", "mask_token"])
@@ -130,9 +128,8 @@ def test_the_classifier_sees_the_normed_mean_of_the_patches():
     assert logits.shape == (2, 3), f"the logits should be [B, classes] = [2, 3], but are {list(logits.shape)}"
     expected = model.head(model.fc_norm(tokens[:, 1:].mean(dim=1)))
     assert torch.allclose(logits, expected, atol=1e-4), \
-        f"the logits should be head(fc_norm(mean of the patches)), but differ by " \
-        f"{(logits - expected).abs().max():.2g}: the mean " \
-        f"first, without [CLS], then the norm?"
+        "the logits should be head(fc_norm(mean of the patches)), but differ by " \
+        f"{(logits - expected).abs().max():.2g}: the mean first, without [CLS], then the norm?"
 
 
 def test_the_classifier_sees_cls_if_asked():

@@ -42,9 +42,9 @@ def copies(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def verdict_on(tmp_path_factory):
-    """A function that grades one assignment of a folder in a fork of a process that has torch: quicker than grade.py."""
+    """A function that grades one assignment of a folder, in a fork of a process that has torch: this is quicker."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torchvision.datasets", "torchvision.transforms.v2", "pytest", "run_tests"])
+    context.set_forkserver_preload(["torch", "torchvision.datasets", "torchvision.transforms.v2", "run_tests"])
 
     def judge(folder: Path, number: int) -> dict:
         place = tmp_path_factory.mktemp("work")
@@ -110,7 +110,8 @@ def test_the_students_copy(copies):
         ast.parse(path.read_text())
     tokenizer = (copies / "blank/tokenizer.py").read_text()
     assert 'raise NotImplementedError("assignment 3: Quantizer.forward")' in tokenizer
-    assert "straight through to z" in tokenizer and "(codes - z).detach()" not in tokenizer, "docstring yes, solution no"
+    assert "straight through to z" in tokenizer and "(codes - z).detach()" not in tokenizer, \
+        "docstring yes, solution no"
     assert (copies / "solved/tokenizer.py").read_text() == (CODE / "tokenizer.py").read_text()
     inside = {str(path.relative_to(copies / "blank")) for path in (copies / "blank").rglob("*") if path.is_file()}
     assert {"course/README.md", "tests/conftest.py", "tests/test_assignment7.py", "configs/demo.yaml"} <= inside
@@ -170,14 +171,15 @@ def test_one_assignment_filled_in_gives_its_points_alone(filled, tmp_path, verdi
 def test_an_assignment_needs_nothing_of_later_ones(number, tmp_path):
     """The student's own test command, in a copy where this assignment and those before it are solved."""
     handout.write_copy(tmp_path, [later for later in handout.ASSIGNMENTS if later > number])
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "--strict-markers", f"tests/test_assignment{number}.py"],
-                          cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "pytest", "-q", "--strict-markers", f"tests/test_assignment{number}.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("number", handout.ASSIGNMENTS)
 def test_each_test_is_marked_with_its_assignment(number):
-    assert f"\npytestmark = pytest.mark.assignment({number})\n" in (CODE / f"tests/test_assignment{number}.py").read_text()
+    text = (CODE / f"tests/test_assignment{number}.py").read_text()
+    assert f"\npytestmark = pytest.mark.assignment({number})\n" in text
 
 
 # -- Mistakes -----------------------------------------------------------------------------------------------------
@@ -211,7 +213,8 @@ def with_mistake(folder: Path, number: int, mistake: dict) -> Path:
     place, indent = handout.lines_of(function), " " * function.col_offset
     replacement = Replacement(mistake["right"], mistake["wrong"])
     text = ast.unparse(ast.fix_missing_locations(replacement.visit(function)))
-    assert replacement.count == 1, f"{name} has {replacement.count} times what this mistake replaces: {mistake['right']}"
+    assert replacement.count == 1, \
+        f"{name} has {replacement.count} times what this mistake replaces: {mistake['right']}"
     (folder / file).write_text(handout.replace_lines(source, {place: indent + text.replace("\n", f"\n{indent}")}))
     return folder
 
@@ -238,7 +241,7 @@ HOSTILE = {
     "is no Python": ("def f(:", "SyntaxError"),
     "leaves with success": ("import os; os._exit(0)", "the process ended before its tests did"),
     "is killed": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended with status -9"),
-    "prints a summary": ("print('===== 14 passed in 0.12s =====', flush=True)\nimport os; os._exit(0)", "before its tests"),
+    "prints a summary": ("print('=== 14 passed in 0.12s ===', flush=True)\nimport os; os._exit(0)", "before its tests"),
     "answers itself": ("import json, os\n"
                        "open('../answer.json', 'w').write(json.dumps(dict(tests=9, passed=9, says='', secret='')))\n"
                        "os._exit(0)", "before its tests"),
@@ -300,12 +303,14 @@ def test_a_source_that_cannot_be_read(missing, copies, tmp_path):
     elif missing == "no text":
         file.write_bytes(b"\xff\xfe\xff")
     verdict = grade.grade(tmp_path / "copy", 2)
-    assert verdict["points"] == 0 and ("no data.py" if missing != "no text" else "UnicodeDecodeError") in verdict["says"]
+    says = "no data.py" if missing != "no text" else "UnicodeDecodeError"
+    assert verdict["points"] == 0 and says in verdict["says"], verdict
     assert grade.grade(tmp_path / "copy", 6)["points"] == 10, "which does not need that file"
 
 
 def test_the_table_names_what_is_missing():
-    verdicts = {2: dict(points=7, of=10, says="75 patches should be masked, but 74 are"), 6: dict(points=10, of=10, says="")}
+    verdicts = {2: dict(points=7, of=10, says="75 patches should be masked, but 74 are"),
+                6: dict(points=10, of=10, says="")}
     assert grade.table(Path("ada"), verdicts) == """ada
   2  Block-wise masks    7 of 10  75 patches should be masked, but 74 are
   6  Patch aggregation  10 of 10
