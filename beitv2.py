@@ -554,18 +554,27 @@ class MaskedImageModel(VisionTransformer):
         logits = self.lm_head(self.norm(take(x[:, 1:], masked)))
         if not self.head_layers:
             return logits, None
+        return logits, self.aggregate(x, kept[self.early_layers], masked, position_bias)
 
+    def aggregate(self, last: Tensor, early: Tensor, masked: Tensor, position_bias: Tensor | None) -> Tensor:
+        """Patch aggregation (Figure 3 of the paper): predict the codes again, from the final [CLS] and early patches.
+
+        last, early     tokens [B, T, D] after the last block, and after block `early_layers`; neither is normed
+        masked          int64 [B, M]
+        position_bias   the bias of the shared table, which the head's blocks use too
+        returns         logits [B, M, K]
+        """
         # Prediction 2. The final [CLS] takes the place of the early one, in front of the early patch tokens: [B, T, D].
         # Nothing is detached. The gradient of this loss reaches blocks l+1 ... L through [CLS] alone, and blocks
         # 1 ... l through the early patches too.
-        x = torch.cat([x[:, :1], kept[self.early_layers][:, 1:]], dim=1)
+        x = torch.cat([last[:, :1], early[:, 1:]], dim=1)
         # In the head, each masked patch reads from [CLS] what its early token does not know.
         for block in self.cls_pt_layers:
             x = self.run_block(block, x, position_bias)
         # Norm and output layer are those of the backbone, unless the head has its own.
         norm = getattr(self, "cls_pt_norm", self.norm)
         lm_head = getattr(self, "cls_pt_lm_head", self.lm_head)
-        return logits, lm_head(norm(take(x[:, 1:], masked)))
+        return lm_head(norm(take(x[:, 1:], masked)))
 
 
 def masked_positions(mask: Tensor, num_masked: int) -> Tensor:

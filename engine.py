@@ -1,7 +1,7 @@
 """The plumbing that every training loop shares; nothing in here knows about images, masks or codes.
 
 To follow a training step you need none of it: forward, loss, backward and step stand open in each script. Each part
-below begins with what it does and when to skip it. How a script starts is in `start.py`: options, processes, mistakes.
+below begins with what it does and when to skip it. How a script starts is in `start.py`.
 """
 
 import contextlib
@@ -26,45 +26,14 @@ from tqdm import tqdm
 
 # Scripts find here what is declared there, so that they need one module only.
 from start import (FREE_TO_CHANGE, SECTIONS, Amount, Beta, Count, Interrupted, Natural, OptimizerConfig,  # noqa: F401
-                   Share, TrainConfig, UserError, all_reduce_sum, as_dict, broadcast_buffers, changed_keys, cores,
-                   explained, fetch, file_sha256, gather_in_order, launch, load_config, on_main, rank, say,
+                   Precision, Share, TrainConfig, UserError, all_reduce_sum, as_dict, broadcast_buffers, changed_keys,
+                   cores, explained, fetch, file_sha256, gather_in_order, launch, load_config, on_main, rank, say,
                    say_if_unfinished, setup_distributed, stage_checkpoint, world_size)
 
 try:
     import fcntl
 except ImportError:  # Windows: nothing there keeps two runs out of one folder
     fcntl = None
-
-# ----------------------------------------------------------------------------------------------------------------
-# Precision: in which numbers the device multiplies. Skip it; scripts only say `with run.autocast():`.
-
-
-class Precision:
-    """Autocast, and for fp16 the gradient scaler that keeps small gradients from vanishing.
-
-    auto is bf16 on devices that multiply it natively (GPUs since Ampere, CPUs with AMX or AVX512-BF16), fp16 with a
-    scaler on older GPUs, and fp32 on other CPUs. Weights, optimizer and residual stream are fp32 in every case.
-    """
-
-    def __init__(self, name: str, device: torch.device):
-        if name == "auto":
-            if device.type == "cuda":
-                name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-            else:
-                name = "bf16" if cpu_has_bf16() else "fp32"
-        self.name, self.device = name, device
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.name != "fp32")
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the CPU has instructions for bf16 products; emulated ones would be slower than fp32."""
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return any(check is not None and check() for check in checks)
-
 
 # ----------------------------------------------------------------------------------------------------------------
 # Optimisation: who decays, who learns how fast, and when. Skip it unless you want to see how the paper's learning
@@ -75,27 +44,35 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     """Sort the trainable parameters into AdamW groups by weight decay and learning-rate scale.
 
     Vectors, biases, [CLS] and position embeddings do not decay; mask token and bias tables do, as published.
-    With `layer_decay` < 1 (fine-tuning), parameters of layer i of L learn at layer_decay^(L + 1 - i): the embeddings
-    are layer 0, block i is layer i from 1, and all else is layer L + 1.
+    With `layer_decay` < 1 (fine-tuning), lower layers learn more slowly, see `lr_scale`.
     """
     depth = len(getattr(model, "blocks", ()))
-
-    def layer_of(name: str) -> int:
-        if name.startswith(("cls_token", "mask_token", "pos_embed", "patch_embed")):
-            return 0
-        return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
-
     groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         bare = parameter.ndim == 1 or name.endswith(".bias") or name.split(".")[-1] in ("cls_token", "pos_embed")
         decay = 0.0 if bare else weight_decay
-        scale = layer_decay ** (depth + 1 - layer_of(name))
+        scale = lr_scale(name, depth, layer_decay) if layer_decay < 1 else 1.0
         group = groups.setdefault((decay, scale), dict(params=[], names=[], weight_decay=decay, lr_scale=scale))
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
+
+
+def lr_scale(name: str, depth: int, layer_decay: float) -> float:
+    """The share of the learning rate that the parameter `name` gets: layer_decay^(L + 1 - i) in layer i of `depth` L.
+
+    The embeddings ([CLS], mask token, positions, patches) are layer 0, block i is layer i, counted from 1, and all else
+    is layer L + 1.
+    """
+    if name.startswith(("cls_token", "mask_token", "pos_embed", "patch_embed")):
+        layer = 0
+    elif name.startswith("blocks."):
+        layer = int(name.split(".")[1]) + 1  # names count blocks from 0
+    else:
+        layer = depth + 1
+    return layer_decay ** (depth + 1 - layer)
 
 
 def make_optimizer(groups: list[dict], config: TrainConfig) -> torch.optim.AdamW:

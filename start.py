@@ -1,4 +1,4 @@
-"""How a script starts: its options, its processes, the files it is given, and how a mistake is told.
+"""How a script starts: its options, its processes, its precision, the files it is given, and how a mistake is told.
 
 Read RunConfig, OptimizerConfig and TrainConfig to see what can be set; a new option is one more line in a dataclass,
 here or at the top of a script. Skip the rest until something is refused.
@@ -381,6 +381,37 @@ def on_main(function: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Precision: in which numbers the device multiplies. Skip it; scripts only say `with run.autocast():`.
+
+
+class Precision:
+    """Autocast, and for fp16 the gradient scaler that keeps small gradients from vanishing.
+
+    auto is bf16 on devices that multiply it natively (GPUs since Ampere, CPUs with AMX or AVX512-BF16), fp16 with a
+    scaler on older GPUs, and fp32 on other CPUs. Weights, optimizer and residual stream are fp32 in every case.
+    """
+
+    def __init__(self, name: str, device: torch.device):
+        if name == "auto":
+            if device.type == "cuda":
+                name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+            else:
+                name = "bf16" if cpu_has_bf16() else "fp32"
+        self.name, self.device = name, device
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.name != "fp32")
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU has instructions for bf16 products; emulated ones would be slower than fp32."""
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(check is not None and check() for check in checks)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import engine  # noqa: E402
+import start  # noqa: E402
 from beitv2 import read_checkpoint  # noqa: E402
 from engine import UserError  # noqa: E402
 
@@ -262,7 +263,7 @@ def test_fetch_and_stage_checkpoint_say_what_is_missing(hub):
 @pytest.mark.parametrize("device, has_bf16, name", [("cpu", True, "bf16"), ("cpu", False, "fp32"), ("cuda", True, "bf16"), ("cuda", False, "fp16")])
 @pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler|.*CUDA is not available")
 def test_precision_auto(device, has_bf16, name, monkeypatch):
-    monkeypatch.setattr(engine, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(start, "cpu_has_bf16", lambda: has_bf16)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation)
     assert engine.Precision("auto", torch.device(device)).name == name
 
@@ -276,10 +277,10 @@ def test_precision_by_name(name, dtype):
 
 
 def test_cpu_has_bf16_survives_a_torch_without_the_question(monkeypatch):
-    assert isinstance(engine.cpu_has_bf16(), bool)
+    assert isinstance(start.cpu_has_bf16(), bool)
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.delattr(torch.cpu, name, raising=False)
-    assert engine.cpu_has_bf16() is False
+    assert start.cpu_has_bf16() is False
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -1,0 +1,46 @@
+"""What pytest must know of these tests: their marker, and a small model that two of the assignments share."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import beitv2  # noqa: E402
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "assignment(n): a test of the course's assignment n, see course/README.md")
+
+
+class MixingBlock(nn.Module):
+    """Stands in for a transformer block, so that a test needs no attention: each token sees the mean of all."""
+
+    attn = None  # no bias table of its own
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, dim)
+        self.biases = []  # the position bias of each call
+
+    def forward(self, x, position_bias=None):
+        self.biases.append(position_bias)
+        return x + torch.tanh(self.linear(x + x.mean(dim=1, keepdim=True)))
+
+
+@pytest.fixture
+def masked_image_model():
+    """A function that builds a MaskedImageModel of 16 patches, width 8, 11 codes and 3 blocks."""
+    def build(**options) -> beitv2.MaskedImageModel:
+        torch.manual_seed(0)
+        options = dict(vocab_size=11, early_layers=1, head_layers=2) | options
+        model = beitv2.MaskedImageModel(image_size=16, patch_size=4, embed_dim=8, depth=3, num_heads=2, **options)
+        model.blocks = nn.ModuleList(MixingBlock(8) for _ in model.blocks)
+        model.cls_pt_layers = nn.ModuleList(MixingBlock(8) for _ in model.cls_pt_layers)
+        with torch.no_grad():
+            for parameter in model.parameters():  # norms too, or a missing one could hide
+                parameter.copy_(torch.randn(parameter.shape) * 0.5)
+        return model
+    return build

@@ -1,0 +1,288 @@
+"""Assignment 3: vector quantization."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import tokenizer as vqkd  # noqa: E402
+
+pytestmark = pytest.mark.assignment(3)
+
+
+def quantizer(codes: int = 8, dim: int = 4, **options) -> vqkd.Quantizer:
+    torch.manual_seed(0)
+    return vqkd.Quantizer(codes, dim, **options).train()
+
+
+def nearest_of(monkeypatch, ids: torch.Tensor) -> None:
+    """Let the quantizer's forward see these nearest codes, so that a test needs nothing else."""
+    monkeypatch.setattr(vqkd, "nearest_code", lambda z, codebook, *options: ids.flatten())
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+# -- nearest_code -------------------------------------------------------------------------------------------------
+
+
+def test_the_nearest_code_has_the_smallest_euclidean_distance():
+    torch.manual_seed(0)
+    z, codebook = torch.randn(200, 4), torch.randn(8, 4) * torch.linspace(0.2, 3, 8)[:, None]
+    expected = (z[:, None] - codebook).square().sum(dim=2).argmin(dim=1)
+    found = vqkd.nearest_code(z, codebook)
+    assert found.shape == (200,) and found.dtype == torch.int64, \
+        f"the nearest codes of z [200, 4] should be int64 [200], but are {found.dtype} {list(found.shape)}"
+    wrong = (found != expected).sum().item()
+    assert wrong == 0, \
+        f"{wrong} of 200 vectors should have another code: does the code's own length count in |z - w|^2, and is the " \
+        f"smallest distance taken?"
+
+
+def test_the_nearest_codes_do_not_depend_on_the_chunks():
+    torch.manual_seed(0)
+    z, codebook = torch.randn(50, 4), torch.randn(8, 4)
+    whole = vqkd.nearest_code(z, codebook, 100)
+    for chunk in (1, 7):
+        assert torch.equal(vqkd.nearest_code(z, codebook, chunk), whole), \
+            f"chunks of {chunk} should give the same codes as one chunk, but do not"
+
+
+# -- Quantizer.forward --------------------------------------------------------------------------------------------
+
+
+def test_forward_returns_the_nearest_codes_of_the_direction_of_z(monkeypatch):
+    q, seen = quantizer().eval(), []
+
+    def nearest(z, codebook, *options):
+        seen.append(z)
+        return (z @ codebook.T).argmax(dim=1)
+
+    monkeypatch.setattr(vqkd, "nearest_code", nearest)
+    z = torch.randn(2, 3, 4) * 5
+    codes, ids, _ = q(z)
+    assert ids.shape == (2, 3) and codes.shape == (2, 3, 4), \
+        f"for z [2, 3, 4] the codes should be [2, 3, 4] and ids [2, 3], but are {list(codes.shape)} and " \
+        f"{list(ids.shape)}"
+    lengths = seen[0].norm(dim=-1)
+    assert torch.allclose(lengths, torch.ones(6), atol=1e-5), \
+        "z should have length 1 before its nearest code is looked for (equation 1), but has up to " \
+        f"{lengths.max():.2f}: is the l2 normalisation missing?"
+    assert torch.allclose(codes, q.embedding.weight[ids], atol=1e-5), \
+        "the returned codes should be the rows `ids` of the codebook, but are not"
+
+
+def test_the_gradient_passes_straight_through(monkeypatch):
+    q = quantizer().eval()
+    nearest_of(monkeypatch, torch.tensor([[3, 1, 1]]))
+    z = torch.randn(1, 3, 4, requires_grad=True)
+    codes = q(z)[0]
+    upstream = torch.randn(1, 3, 4)
+    assert codes.requires_grad, \
+        "the codes should pass a gradient on to z, but are cut off from it: is the straight-through estimator missing?"
+    codes.backward(upstream)
+    same = z.detach().clone().requires_grad_()
+    F.normalize(same, dim=-1).backward(upstream)
+    assert torch.allclose(z.grad, same.grad, atol=1e-5), \
+        "the gradient of l2(z) should equal the gradient of the code, but differs by " \
+        f"{difference(z.grad, same.grad):.2g}: is the straight-through estimator missing?"
+
+
+def test_the_commitment_loss_pulls_z_and_leaves_the_codes_alone(monkeypatch):
+    q = quantizer(commitment_beta=0.25).eval()
+    q.embedding.weight.requires_grad_(True)  # so that a gradient would show
+    ids = torch.tensor([[3, 1, 1]])
+    nearest_of(monkeypatch, ids)
+    z = torch.randn(1, 3, 4, requires_grad=True)
+    loss = q(z)[2]
+    expected = 0.25 * (F.normalize(z, dim=-1) - q.embedding.weight[ids]).square().mean()
+    assert loss.shape == (), f"the commitment loss should be one number, but is {list(loss.shape)}"
+    assert math.isclose(loss.item(), expected.item(), rel_tol=1e-4), \
+        f"the commitment loss should be beta times the mean square of l2(z) - code, {expected.item():.4f}, but is " \
+        f"{loss.item():.4f}: a mean over all elements, times commitment_beta?"
+    assert loss.requires_grad, "the commitment loss should have a gradient for z, but has none: which side is detached?"
+    pull, _ = torch.autograd.grad(loss, [z, q.embedding.weight], allow_unused=True)
+    assert pull is not None and pull.abs().max() > 0, \
+        "the commitment loss should pull z towards its code, but gives z no gradient: is the wrong side detached?"
+
+
+def test_the_codebook_gets_no_gradient(monkeypatch):
+    q = quantizer().eval()
+    assert not q.embedding.weight.requires_grad, "the codebook should not want a gradient: it moves in `update`"
+    ids = torch.tensor([[3, 1, 1]])
+    nearest_of(monkeypatch, ids)
+    z = torch.randn(1, 3, 4, requires_grad=True)
+    before = q.embedding.weight.clone()
+    codes, _, loss = q(z)
+    (codes.sum() + loss).backward()
+    assert torch.equal(q.embedding.weight, before) and q.embedding.weight.grad is None, \
+        "forward and backward should leave the codebook alone, but it moved or got a gradient"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_hits_are_counted_in_training_only(monkeypatch, training):
+    q, calls = quantizer().train(training), []
+    nearest_of(monkeypatch, torch.tensor([[3, 1, 1]]))
+    monkeypatch.setattr(q, "count", lambda z, ids: calls.append((z, ids)))
+    q(torch.randn(1, 3, 4, requires_grad=True))
+    assert len(calls) == training, \
+        f"forward should count hits once in training and never in evaluation, but {'in' if training else 'outside'} " \
+        f"training it counts {len(calls)} times"
+    for z, ids in calls:
+        assert torch.allclose(z.norm(dim=-1), torch.ones(1, 3), atol=1e-5) and not z.requires_grad, \
+            "what is counted should be l2(z), detached"
+
+
+# -- Quantizer.count and update -----------------------------------------------------------------------------------
+
+
+def hit(q: vqkd.Quantizer, z: torch.Tensor, ids: list[int]) -> None:
+    q.count(F.normalize(z, dim=-1)[None], torch.tensor([ids]))
+
+
+def test_count_adds_up_hits_and_vectors():
+    q = quantizer()
+    z = F.normalize(torch.randn(3, 4), dim=-1)
+    hit(q, z[:2], [3, 1])
+    hit(q, z[2:], [1])
+    assert q.counts.tolist() == [0, 2, 0, 1, 0, 0, 0, 0], \
+        f"after hits of codes 3, 1 and 1 `counts` should be [0, 2, 0, 1, 0, 0, 0, 0], but is {q.counts.tolist()}: do " \
+        "hits of two batches add up?"
+    expected = torch.zeros(8, 4)
+    expected[3], expected[1] = z[0], z[1] + z[2]
+    assert torch.allclose(q.sums, expected, atol=1e-6), \
+        "`sums` should hold the sum of the vectors that hit each code, but differs by " \
+        f"{difference(q.sums, expected):.2g}"
+
+
+def test_update_moves_codes_towards_the_mean_of_what_hit_them():
+    q = quantizer(ema_decay=0.9)
+    before = q.embedding.weight.clone()
+    z = F.normalize(torch.randn(5, 4), dim=-1)
+    q.counts[:] = torch.tensor([0, 0, 3, 0, 0, 2, 0, 0.0])
+    q.sums[2], q.sums[5] = z[:3].sum(dim=0), z[3:].sum(dim=0)
+    hits = q.update(seed=0)
+    for code in (0, 1, 3, 4, 6, 7):
+        assert torch.equal(q.embedding.weight[code], before[code]), \
+            "a code that nothing hit should stay where it is, but moved"
+    for code, mean in ((2, z[:3].mean(dim=0)), (5, z[3:].mean(dim=0))):
+        expected = F.normalize(0.9 * before[code] + 0.1 * F.normalize(mean, dim=0), dim=0)
+        length = q.embedding.weight[code].norm().item()
+        assert abs(length - 1) < 1e-4, f"codes should keep length 1, but one has {length:.3f}: normalise after moving"
+        assert torch.allclose(q.embedding.weight[code], expected, atol=1e-5), \
+            "a code that was hit should be l2(decay w + (1 - decay) l2(mean of its vectors)), but differs by " \
+            f"{difference(q.embedding.weight[code], expected):.2g}: is the mean normalised, and decay the share that " \
+            "stays?"
+    assert hits.tolist() == [0, 0, 3, 0, 0, 2, 0, 0], \
+        f"update should return the hits of this step, [0, 0, 3, 0, 0, 2, 0, 0], but returns {hits.tolist()}"
+    assert q.counts.sum() == 0 and q.sums.abs().sum() == 0, \
+        "after update `counts` and `sums` should be zero for the next step, but are not"
+
+
+def test_the_running_count_is_an_average_of_hits():
+    q = quantizer(ema_decay=0.9)
+    q.counts[2] = 5.0
+    q.update(seed=0)
+    expected = torch.full((8,), 0.9)
+    expected[2] = 0.9 + 0.1 * 5
+    assert torch.allclose(q.running_count, expected), \
+        f"running_count should be decay * running_count + (1 - decay) * hits, {expected[2]:.2f} for a code with 5 " \
+        f"hits and .90 for one without, but is {q.running_count[2]:.2f} and {q.running_count[0]:.2f}"
+
+
+def test_dead_codes_start_anew_on_vectors_of_the_batch():
+    q = quantizer(codes=8, revive_below=0.5, ema_decay=0.9)
+    q.running_count[:4] = 0.1  # these four are dead, and nothing hits them
+    before = q.embedding.weight.clone()
+    z = F.normalize(torch.randn(6, 4), dim=-1)
+    q.seen.append(z[None])
+    q.update(seed=3)
+    for code in range(8):
+        distance = (z - q.embedding.weight[code]).norm(dim=1).min().item()
+        if code < 4:
+            assert distance < 1e-4, \
+                f"a code whose running count is below revive_below should be put on a vector of the batch, but is " \
+                f"{distance:.2f} away from the nearest one"
+        else:
+            assert torch.equal(q.embedding.weight[code], before[code]), "a living code should not be put elsewhere"
+    assert len(q.embedding.weight[:4].unique(dim=0)) == 4, \
+        "four dead codes should get four different vectors, but some share one"
+    assert torch.allclose(q.running_count[:4], torch.ones(4)), \
+        f"a revived code should begin with a running count of 1, but has {q.running_count[0]:.2f}: it would die " \
+        "again at once"
+    assert not q.seen, "after update `seen` should be empty, but still holds vectors"
+
+
+# -- Quantizer.init_from ------------------------------------------------------------------------------------------
+
+
+def clusters(count: int = 4, each: int = 50) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors of different lengths around `count` directions that are far apart; and these directions."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.eye(count)
+    z = directions.repeat_interleave(each, dim=0) + 0.05 * torch.randn(count * each, count, generator=generator)
+    return z * (0.5 + torch.rand(len(z), 1, generator=generator)), directions
+
+
+def best_start(q: vqkd.Quantizer, z: torch.Tensor, directions: torch.Tensor) -> float:
+    """k-means may end in a bad place. Of ten seeds, the best one's largest distance from a direction to its code."""
+    worst = []
+    for seed in range(10):
+        q.init_from(z, seed=seed)
+        worst.append(torch.cdist(directions, q.embedding.weight).min(dim=1).values.max().item())
+    return min(worst)
+
+
+def test_k_means_finds_clusters():
+    z, directions = clusters()
+    distance = best_start(quantizer(codes=4, dim=4), z, directions)
+    assert distance < 0.05, \
+        "k-means over four clusters should put a code into each, but the best of ten seeds misses one by " \
+        f"{distance:.2f}"
+
+
+def test_k_means_codes_have_length_one_whatever_the_vectors():
+    q = quantizer(codes=6, dim=4)
+    z, _ = clusters()
+    q.init_from(3 * z, seed=0)
+    lengths = q.embedding.weight.norm(dim=1)
+    assert torch.allclose(lengths, torch.ones(6), atol=1e-4), \
+        f"after k-means the codes should have length 1, but have {lengths.min():.2f} to {lengths.max():.2f}"
+
+
+def test_k_means_with_more_codes_than_different_vectors():
+    """Codes without a vector stay where they are: a mean over nothing is no number."""
+    q = quantizer(codes=8, dim=4)
+    q.init_from(torch.eye(4)[:3].repeat(2, 1), seed=0)
+    assert q.embedding.weight.isfinite().all(), \
+        "with 8 codes and 3 different vectors some codes have no vector: they should stay finite, but do not"
+    lengths = q.embedding.weight.norm(dim=1)
+    assert torch.allclose(lengths, torch.ones(8), atol=1e-4), \
+        f"codes without a vector should stay where they are, with length 1, but one has {lengths.min():.2f}"
+
+
+def test_k_means_depends_on_its_seed_alone():
+    z, _ = clusters()
+    a, b = quantizer(codes=6), quantizer(codes=6)
+    a.init_from(z, seed=5)
+    torch.manual_seed(99)
+    b.init_from(z, seed=5)
+    assert torch.equal(a.embedding.weight, b.embedding.weight), \
+        "the same seed should give the same codes, but does not: draw from a generator of your own"
+
+
+# -- perplexity ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counts, expected", [([5, 5, 5, 5], 4.0), ([7, 0, 0, 0], 1.0), ([3, 3, 0, 0], 2.0),
+                                              ([6, 2, 0, 0], math.exp(-.75 * math.log(.75) - .25 * math.log(.25)))])
+def test_perplexity_says_how_many_codes_are_in_use(counts, expected):
+    found = float(vqkd.perplexity(torch.tensor(counts, dtype=torch.float64)))
+    assert math.isclose(found, expected, rel_tol=1e-4), \
+        f"the perplexity of hits {counts} should be exp(entropy) = {expected:.3f}, but is {found:.3f}: with a " \
+        "logarithm to base e, and 0 log 0 = 0?"

@@ -1,0 +1,117 @@
+"""Assignment 5: masked image modeling."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import beitv2  # noqa: E402
+import pretrain  # noqa: E402
+
+pytestmark = pytest.mark.assignment(5)
+
+MASKED = torch.tensor([[0, 3, 6, 12], [1, 2, 9, 15]])  # positions among the 16 patches of two images
+
+
+def test_take_picks_the_tokens_of_each_image():
+    tokens = torch.arange(2 * 16 * 3.0).view(2, 16, 3)
+    found = beitv2.take(tokens, MASKED)
+    assert found.shape == (2, 4, 3), \
+        f"4 positions of tokens [2, 16, 3] should give [2, 4, 3], but give {list(found.shape)}"
+    for image in range(2):
+        assert torch.equal(found[image], tokens[image, MASKED[image]]), \
+            f"image {image} should give its tokens at {MASKED[image].tolist()}, but gives others: each image has " \
+            "positions of its own"
+
+
+def hidden_states(model, images) -> dict[int, torch.Tensor]:
+    """What `forward_blocks` gives for masked images, after each block, from 1."""
+    return model.forward_blocks(model.embed(images, MASKED, model.mask_token), None, (1, 2, 3))[1]
+
+
+def test_logits_name_the_codes_of_the_masked_patches(masked_image_model):
+    model, images = masked_image_model(head_layers=0), torch.randn(2, 3, 16, 16)
+    logits, head_logits = model(images, MASKED)
+    assert head_logits is None, "without an aggregation head (head_layers=0) the second result should be None"
+    assert logits.shape == (2, 4, 11), f"the logits should be [B, M, K] = [2, 4, 11], but are {list(logits.shape)}"
+    tokens = hidden_states(model, images)[3]
+    for image in range(2):
+        expected = model.lm_head(model.norm(tokens[image, 1 + MASKED[image]]))
+        assert torch.allclose(logits[image], expected, atol=1e-4), \
+            "the logits should be lm_head(norm(tokens of the masked patches)), but differ by " \
+            f"{(logits[image] - expected).abs().max():.2g}: is the norm there, and [CLS], token 0, not counted as a " \
+            "patch?"
+
+
+def test_what_is_masked_is_not_seen(masked_image_model):
+    model, images = masked_image_model(head_layers=0), torch.randn(1, 3, 16, 16)
+    before = model(images, MASKED[:1])[0]
+    images[:, :, :4, :4] += 5  # patch 0, which is masked
+    moved = (model(images, MASKED[:1])[0] - before).abs().max().item()
+    assert moved < 1e-5, \
+        f"pixels of a masked patch should not change any logits, but move them by {moved:.2g}: does `embed` get the " \
+        "masked positions and the mask token?"
+    images[:, :, :4, 4:8] += 5  # patch 1, which is visible
+    assert not torch.allclose(model(images, MASKED[:1])[0], before), \
+        "pixels of a visible patch should change the logits, but do not"
+
+
+@pytest.mark.parametrize("early_layers", [1, 2])
+def test_the_head_is_given_what_it_needs(masked_image_model, early_layers):
+    """`aggregate` is assignment 6. Here it only notes what it is given."""
+    model, images, given = masked_image_model(early_layers=early_layers), torch.randn(2, 3, 16, 16), {}
+
+    def aggregate(last, early, masked, position_bias):
+        given.update(last=last, early=early, masked=masked, position_bias=position_bias)
+        return torch.ones(2, 4, 11)
+
+    bias = torch.randn(1, 2, 17, 17)
+    model.aggregate, model.shared_position_bias = aggregate, lambda: bias
+    head_logits = model(images, MASKED)[1]
+    assert given, "with a head (head_layers > 0) forward should call `aggregate`, but does not"
+    assert torch.equal(head_logits, torch.ones(2, 4, 11)), "the second result should be what `aggregate` returns"
+    states = hidden_states(model, images)
+    for name, layer in (("last", 3), ("early", early_layers)):
+        assert torch.allclose(given[name], states[layer], atol=1e-5), \
+            f"`{name}` should be the tokens after block {layer} of 3, all of them and not normed, but is something " \
+            "else: layers are counted from 1"
+    assert torch.equal(given["masked"], MASKED), "`aggregate` should be given the masked positions"
+    assert given["position_bias"] is bias, "`aggregate` should be given the position bias that all blocks share"
+    assert all(block.biases[0] is bias for block in model.blocks), "the blocks should be given the shared position bias"
+
+
+# -- cross_entropy ------------------------------------------------------------------------------------------------
+
+
+def logits_and_codes() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    logits, codes = torch.randn(2, 4, 11), torch.randint(11, (2, 4))
+    best = logits.argmax(dim=-1)
+    codes = torch.where(torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0]]).bool(), best, (best + 1) % 11)  # 3 of 8 right
+    return logits, codes
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_the_masked_patches():
+    logits, codes = logits_and_codes()
+    expected = -logits.log_softmax(dim=-1).gather(2, codes[..., None]).mean()
+    loss = pretrain.cross_entropy(logits, codes)[0]
+    assert loss.shape == (), f"the loss should be one number, but is {list(loss.shape)}"
+    assert abs(loss.item() - expected.item()) < 1e-4, \
+        f"the loss should be the mean of - log p(code) over all masked patches, {expected:.4f}, but is {loss:.4f}: a " \
+        "mean, not a sum, of a softmax over the codes?"
+
+
+def test_the_accuracy_is_the_share_of_masked_patches_that_are_right():
+    logits, codes = logits_and_codes()
+    accuracy = float(pretrain.cross_entropy(logits, codes)[1])
+    assert abs(accuracy - 3 / 8) < 1e-6, \
+        f"3 of 8 codes are right, so the accuracy should be .375, but is {accuracy:.3f}"
+
+
+def test_the_loss_of_half_precision_is_computed_in_float32():
+    logits, codes = logits_and_codes()
+    loss = pretrain.cross_entropy(logits.bfloat16(), codes)[0]
+    assert loss.dtype == torch.float32, \
+        f"logits come in bfloat16 under autocast, and the loss should be float32 all the same, but is {loss.dtype}"
