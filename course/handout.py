@@ -44,7 +44,8 @@ ASSIGNMENTS = {
         "beitv2.py": ["MaskedImageModel.aggregate"]}),
     7: Assignment("Evaluation and fine-tuning", {
         "beitv2.py": ["Classifier.forward"],
-        "engine.py": ["knn_accuracy", "lr_scale"]}),
+        "finetune.py": ["knn_accuracy"],
+        "engine.py": ["lr_scale"]}),
 }
 
 # What a student receives. Not the other tests, which give solutions away, and nothing else of this folder.

@@ -11,6 +11,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import beitv2  # noqa: E402
 import engine  # noqa: E402
+import finetune  # noqa: E402
 
 pytestmark = pytest.mark.assignment(7)
 
@@ -18,8 +19,8 @@ pytestmark = pytest.mark.assignment(7)
 
 
 def accuracy(bank, bank_labels, queries, labels, **options) -> float:
-    return engine.knn_accuracy(torch.tensor(bank), torch.tensor(bank_labels), torch.tensor(queries),
-                               torch.tensor(labels), **options)
+    return finetune.knn_accuracy(torch.tensor(bank), torch.tensor(bank_labels), torch.tensor(queries),
+                                 torch.tensor(labels), **options)
 
 
 def direction(degrees: float, length: float = 1.0) -> list[float]:
@@ -71,7 +72,7 @@ def test_knn_returns_a_share_of_all_queries():
     bank, labels = torch.eye(4), torch.arange(4)
     truth = torch.randint(4, (3000,))
     wrong = torch.arange(3000) % 4 == 0
-    found = engine.knn_accuracy(bank, labels, bank[truth], torch.where(wrong, (truth + 1) % 4, truth), k=1)
+    found = finetune.knn_accuracy(bank, labels, bank[truth], torch.where(wrong, (truth + 1) % 4, truth), k=1)
     assert abs(found - 0.75) < 1e-6, \
         f"2250 of 3000 queries are right, so the accuracy should be .75, but is {found:.4f}"
 
