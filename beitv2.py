@@ -786,6 +786,7 @@ def load_pretrained(model: nn.Module, checkpoint: str | Path | dict, source: str
                 report.fresh.append(name)
             else:
                 misfits.append(f"{name} is {list(value.shape)} there and {list(target[name].shape)} here")
+    broken = [name for name in report.loaded if not target[name].isfinite().all()]
     missing = [name for name in target if name not in state]
     report.fresh += [name for name in missing if name.startswith(may_be_fresh)]
     missing = [name for name in missing if name not in report.fresh]
@@ -796,6 +797,9 @@ def load_pretrained(model: nn.Module, checkpoint: str | Path | dict, source: str
             shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             raise ModelError(f"'{report.source}' {problem}: {shown}; it was made with another model or codebook, so "
                              f"make the configuration agree with it or choose another checkpoint")
+    if broken:  # such a tokenizer would give each patch code 0, and pre-training would learn to say so
+        raise ModelError(f"'{report.source}' holds numbers that are not finite, in {', '.join(broken[:4])}: the run that "
+                         f"wrote it has failed, so train it anew or choose another checkpoint")
     return report
 
 

@@ -28,7 +28,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import datasets as tv
 from torchvision.transforms import RandomErasing, RandomResizedCrop, v2
@@ -89,14 +89,14 @@ class Images:
     sources: paths, or one uint8 array [N, H, W] or [N, H, W, 3]; labels: N integers; title: used in names.
     """
 
-    def __init__(self, sources, labels, classes: list[str], title: str):
+    def __init__(self, sources, labels, classes: list[str], title: str, upright: bool = False):
         # The paths are one array of bytes instead of a million Python strings. Workers share the memory of the main
         # process until they write to it. But reading a Python string already writes to it, because Python counts its
         # references. So each worker would end with a copy of the whole list.
         self.is_files = not isinstance(sources, np.ndarray)
         self.sources = np.array([os.fsencode(path) for path in sources]) if self.is_files else sources
         self.labels = np.asarray(labels, dtype=np.int64)
-        self.classes, self.title = classes, title
+        self.classes, self.title, self.upright = classes, title, upright
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -112,7 +112,7 @@ class Images:
         if not self.is_files:
             return to_rgb(Image.fromarray(self.sources[index]))
         with Image.open(self.name(index)) as image:
-            return to_rgb(image)
+            return to_rgb(ImageOps.exif_transpose(image) if self.upright else image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -141,29 +141,43 @@ def open_folder(root: str, split: str) -> Images:
         raise UserError(f"data.root: '{train_folder}' and '{folder}' must hold the same class folders, but only one of "
                         f"them has {', '.join(differing[:5])}{' …' * (len(differing) > 5)}: add or remove these")
 
-    samples = tv.folder.make_dataset(folder, {name: i for i, name in enumerate(classes)},
-                                     extensions=tv.folder.IMG_EXTENSIONS, allow_empty=True)
-    paths, labels = zip(*samples) if samples else ((), ())
-    empty = sorted(set(range(len(classes))) - set(labels))
-    if empty:
-        raise UserError(f"data.root: the class folder '{os.path.join(folder, classes[empty[0]])}' holds no image "
-                        f"({', '.join(tv.folder.IMG_EXTENSIONS)}): put images there, or remove the folder")
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        found = image_files(os.path.join(folder, name))
+        if not found:
+            raise UserError(f"data.root: the class folder '{os.path.join(folder, name)}' holds no image "
+                            f"({', '.join(tv.folder.IMG_EXTENSIONS)}): put images there, or remove the folder")
+        paths += found
+        labels += [label] * len(found)
     return Images(paths, labels, classes, title=folder)
+
+
+def image_files(folder: str) -> list[str]:
+    """The images in a folder and its sub-folders, in order.
+
+    Symbolic links are followed, but each folder counts once: a link that points upwards leads back to where it is, and
+    its images would be found again and again.
+    """
+    found, seen = [], {os.path.realpath(folder)}
+    for here, folders, names in os.walk(folder, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(here, name)) for name in sorted(folders)}
+        folders[:] = [name for name, path in real.items() if path not in seen and not seen.add(path)]
+        found.append((here, sorted(name for name in names if name.lower().endswith(tv.folder.IMG_EXTENSIONS))))
+    return [os.path.join(here, name) for here, names in sorted(found) for name in names]
 
 
 def open_files(pattern: str) -> Images:
     """The image at a path, those of a folder and its sub-folders, or those that a pattern such as *.jpg finds."""
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
-        paths = [os.path.join(folder, name) for folder, _, names in os.walk(pattern) for name in names
-                 if name.lower().endswith(tv.folder.IMG_EXTENSIONS)]
+        paths = image_files(pattern)
     else:
         paths = [pattern] if os.path.isfile(pattern) else glob.glob(pattern)
     paths = sorted(path for path in paths if os.path.isfile(path))
     if not paths:
         raise UserError(f"there is no image at '{pattern}': give the path of an image or folder, or a pattern such as "
                         f"'*.jpg'")
-    return Images(paths, [0] * len(paths), [], title=pattern)
+    return Images(paths, [0] * len(paths), [], title=pattern, upright=True)
 
 
 def open_val_folder(config: DataConfig):

@@ -261,10 +261,14 @@ def extract_features(run: engine.Run, tokens_of: Callable[[Tensor], Tensor], loa
 @torch.no_grad()
 def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 20,
                  temperature: float = 0.07) -> float:
-    """Share in [0, 1] of `queries` [Q, D] whose class the k nearest of `bank` [N, D] by cosine vote for.
+    """Accuracy in [0, 1] of k-NN: the share of `queries` [Q, D] whose class their k nearest in `bank` [N, D] vote for.
 
-    Votes weigh exp(cosine / temperature), as in DINO (arXiv 2104.14294). In chunks: Q x N need not fit in memory.
+    Nothing is trained here, so the figure tells about the features alone: do images of one class lie close together?
+    "Near" means a high cosine. The length of a feature says little about what is in the image. A near neighbour counts
+    more than a far one: votes weigh exp(cosine / temperature), as in DINO (arXiv 2104.14294).
     """
+    # Scaled to length 1, a product of two features is their cosine. Queries come in chunks: all cosines at once, Q x N
+    # of them, may not fit in memory.
     bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
     classes = int(bank_labels.max()) + 1
     hits = 0

@@ -30,7 +30,7 @@ import data
 import engine
 import tokenizer as vqkd
 from beitv2 import MaskedImageModel, ModelConfig, ModelError, masked_positions, read_checkpoint
-from engine import Amount, Beta, Count, Natural, Share
+from engine import Amount, Beta, Count, Natural, Share, UserError
 from finetune import extract_features, knn_accuracy
 
 
@@ -70,6 +70,7 @@ HIT, MISS = (0, 114, 178), (230, 159, 0)  # blue and orange, which colour-blind 
 def main() -> None:
     config = engine.load_config(SECTIONS)
     cfg, size = config.pretrain, config.data.image_size
+    check_blocks(cfg, size // config.model.patch_size)
     run = engine.Run("pretrain", config, cfg)
 
     # The tokenizer is frozen. It plays the part that labels play in supervised learning, but no person made them.
@@ -136,6 +137,14 @@ def main() -> None:
         pulse = cfg.knn_every and ((epoch + 1) % cfg.knn_every == 0 or last)
         run.end_epoch(epoch, train={}, val=knn_pulse(run, model, train_set, val_set) if pulse else {})
     run.finish()
+
+
+def check_blocks(cfg: PretrainConfig, grid: int) -> None:
+    """UserError if no block can be as large as `min_block`: every mask would then consist of single patches."""
+    largest = min(cfg.num_masked, (grid - 1) ** 2)
+    if cfg.min_block > largest:
+        raise UserError(f"pretrain.min_block is {cfg.min_block}, but with pretrain.num_masked={cfg.num_masked} of {grid} "
+                        f"x {grid} patches no block can have more than {largest}: lower pretrain.min_block")
 
 
 def codes_of(tokenizer: nn.Module, batch: dict, images: torch.Tensor, views: int) -> torch.Tensor:

@@ -50,6 +50,16 @@ MASKED = torch.tensor([[0, 3, 6, 12], [1, 2, 9, 15]])  # positions among the 16 
 
 
 @pytest.mark.parametrize("image_size, patch_size", [(33, 8), (7, 8), (230, 16), (1, 16)])
+def test_weights_that_are_not_finite_are_refused():
+    """The run that wrote them has failed. As a tokenizer they would give every patch the same code."""
+    model = beitv2.VisionTransformer(8, 4, 8, 1, 2)
+    state = model.state_dict()
+    state["blocks.0.mlp.fc1.weight"] = state["blocks.0.mlp.fc1.weight"].clone()
+    state["blocks.0.mlp.fc1.weight"][0, 0] = math.nan
+    with pytest.raises(beitv2.ModelError, match="x.pt' holds numbers that are not finite, in blocks.0.mlp.fc1.weight:"):
+        beitv2.load_pretrained(model, state, source="x.pt")
+
+
 def test_an_image_that_the_patches_do_not_divide(image_size, patch_size):
     with pytest.raises(ModelError, match=f"{image_size} pixels .* patches of {patch_size}") as error:
         tiny(image_size=image_size, patch_size=patch_size)

@@ -555,6 +555,34 @@ def test_every_kind_of_image_decodes_to_sensible_rgb(tmp_path):
 # --- shapes ------------------------------------------------------------------------------------------------------------
 
 
+def test_photographs_of_ones_own_are_turned_upright_and_data_sets_are_not(tmp_path):
+    """Phones store what the sensor sees, and write into the EXIF how to turn it (6: a quarter to the right)."""
+    folder(tmp_path, train=2, val=2)
+    file = tmp_path / "train/cat/000.png"
+    picture = Image.open(file).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(file, exif=exif)
+    stored = np.asarray(picture)
+    assert np.array_equal(np.asarray(data.open_files(str(file)).load(0)), np.rot90(stored, -1))
+    assert np.array_equal(np.asarray(data.open_folder(str(tmp_path), "train").load(0)), stored)
+
+
+def test_a_link_that_points_upwards_counts_no_image_twice(tmp_path):
+    folder(tmp_path, train=4, val=2)
+    (tmp_path / "train/cat/up").symlink_to(tmp_path / "train")
+    (tmp_path / "train/cat/again").symlink_to(tmp_path / "train/cat")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "train/dog/001.png").rename(tmp_path / "more/001.png")
+    (tmp_path / "train/dog/linked").symlink_to(tmp_path / "more")  # a link to elsewhere is followed
+    (tmp_path / "train/cat/up").unlink()
+    images = data.open_folder(str(tmp_path), "train")
+    assert sorted(os.path.basename(images.name(i)) for i in range(len(images))) == [f"{i:03d}.png" for i in range(4)]
+    (tmp_path / "train/cat/up").symlink_to(tmp_path / "train")
+    names = [data.open_files(str(tmp_path / "train")).name(i) for i in range(4)]
+    assert len(data.open_files(str(tmp_path / "train"))) == 4 and len({os.path.realpath(name) for name in names}) == 4
+
+
 def test_shapes_are_drawn_from_split_and_index_alone():
     few, many = shapes(count=20), shapes(count=40)
     order = [list(map(np.asarray, map(few.load, range(20)))), list(map(np.asarray, map(many.load, reversed(range(20)))))[::-1]]

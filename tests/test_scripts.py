@@ -766,6 +766,13 @@ def test_numbers_of_masked_patches_that_cannot_be(home):
     assert "num_masked" in text and "17" in text and "16 patches" in text
 
 
+@pytest.mark.parametrize("masked, smallest, largest", [(6, 99, 6), (16, 10, 9)])
+def test_blocks_that_never_fit(home, masked, smallest, largest):
+    """Every mask would become single patches. (A block leaves at least one row and one column of the grid free.)"""
+    said = refusal("pretrain", home, "blocks", f"pretrain.num_masked={masked}", f"pretrain.min_block={smallest}")
+    assert f"no block can have more than {largest}" in said and "lower pretrain.min_block" in said
+
+
 def test_a_crop_scale_the_wrong_way_round(home):
     assert "crop_scale is [1.0, 0.2]" in refusal("pretrain", home, "wrong_crop", "pretrain.crop_scale=[1,0.2]")
 
