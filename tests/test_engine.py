@@ -156,7 +156,8 @@ def test_what_cannot_be_printed_ends_nothing(monkeypatch, number):
         def write(self, text):
             raise OSError(number, os.strerror(number))
 
-        flush = write
+        def flush(self):
+            self.write("")
 
     done = []
 
@@ -518,10 +519,10 @@ def test_a_finished_run_gives_the_signals_back(tmp_path):
 
 def hold(folder, ready) -> None:
     """A run that lives on, as does one of its loader workers."""
-    toy_run(folder)
+    run = toy_run(folder)
     worker = os.fork()
     if worker:
-        ready.put(worker)
+        ready.put((worker, run.step))
     signal.pause()
 
 
@@ -531,18 +532,17 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
     ready = context.SimpleQueue()
     first = context.Process(target=hold, args=(tmp_path, ready))
     first.start()
-    worker = ready.get()
+    worker, _ = ready.get()
     try:
         with pytest.raises(UserError, match="another run is writing into '.*pretrain'.*output_dir"):
             toy_run(tmp_path)
         toy_run(tmp_path / "elsewhere")
-    finally:
         first.kill()
         first.join()
-    try:
-        os.kill(worker, 0)  # it is there
+        os.kill(worker, 0)  # it is still there
         toy_train(toy_run(tmp_path))
     finally:
+        first.kill()
         os.kill(worker, signal.SIGKILL)
 
 
