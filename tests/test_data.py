@@ -228,12 +228,13 @@ def test_more_ranks_than_images():
         data.TrainLoader(view, 4, seed=0)
 
 
-def test_workers_leave_ctrl_c_to_the_parent():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_workers_leave_signals_to_the_parent(number):
     loader = data.TrainLoader(data.TrainView(shapes(count=40), 0, 16), 2, seed=1, workers=2)
     epoch = loader.epoch(0)
     batches = [next(epoch)]
     for worker in multiprocessing.active_children():
-        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, number)
     assert len(batches + list(epoch)) == 20
 
 

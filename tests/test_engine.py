@@ -523,7 +523,7 @@ def hold(folder, ready) -> None:
     run = toy_run(folder)  # noqa: F841, its lock lives as long as it does
     worker = os.fork()
     if worker:
-        ready.put(worker)
+        ready.put((worker, run.step))
     signal.pause()
 
 
@@ -533,18 +533,17 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
     ready = context.SimpleQueue()
     first = context.Process(target=hold, args=(tmp_path, ready))
     first.start()
-    worker = ready.get()
+    worker, _ = ready.get()
     try:
         with pytest.raises(UserError, match="another run is writing into '.*pretrain'.*output_dir"):
             toy_run(tmp_path)
         toy_run(tmp_path / "elsewhere")
-    finally:
         first.kill()
         first.join()
-    try:
-        os.kill(worker, 0)  # it is there
+        os.kill(worker, 0)  # it is still there
         toy_train(toy_run(tmp_path))
     finally:
+        first.kill()
         os.kill(worker, signal.SIGKILL)
 
 
