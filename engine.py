@@ -175,6 +175,8 @@ class Stop:
 
     def asked(self, device: torch.device) -> bool:
         """Whether any rank has heard one. All ranks must stop at the same step, so all must ask together."""
+        if world_size() == 1:
+            return self.signal is not None  # asked after each step: a tensor would make the host wait for the device
         return all_reduce_sum(torch.tensor(float(self.signal is not None), device=device)).item() > 0
 
     def restore(self) -> None:
@@ -228,6 +230,7 @@ class Metrics:
         return means
 
     def close_epoch(self) -> dict[str, float]:
+        """The epoch's means over its steps."""
         means = {name: total / count for name, (total, count) in self.totals.items()}
         self.totals = {}
         return means

@@ -283,6 +283,16 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(home, one_rank, two_
     assert_same_run(one_rank(stage), home / "two_parts" / stage)
 
 
+@pytest.mark.parametrize("stage, parts", [("tokenizer", ["cosine_loss", "commitment_loss"]),
+                                          ("pretrain", ["mim_loss", "cls_loss"])])
+def test_what_is_trained_is_the_sum_of_both_losses(one_rank, stage, parts):
+    """Equations 2 and 3, each part with the weight 1."""
+    lines = [line for line in metrics(one_rank(stage)) if "train" not in line]
+    assert len(lines) == 16 and all(line[parts[0]] > 0 and line[parts[1]] > 0 for line in lines)
+    for line in lines:
+        assert line["loss"] == pytest.approx(line[parts[0]] + line[parts[1]], rel=1e-5)
+
+
 def test_kmeans_codes_of_the_teacher(home, two_ranks, monkeypatch):
     """`tokenizer.encoder: teacher`, in one process and in two. Stage 2 takes the features that stage 1 has left."""
     one, two = start("tokenizer", home, "teacher", *TEACHER_CODES), home / "two_teacher"
