@@ -293,6 +293,25 @@ def test_what_is_trained_is_the_sum_of_both_losses(one_rank, stage, parts):
         assert line["loss"] == pytest.approx(line[parts[0]] + line[parts[1]], rel=1e-5)
 
 
+def test_the_student_predicts_the_codes_of_the_patches_that_it_does_not_see(home, monkeypatch):
+    """Image for image and patch for patch, of the same pixels. (Normalising and back may move a few codes.)"""
+    seen = []
+    forward, cross_entropy = beitv2.MaskedImageModel.forward, pretrain.cross_entropy
+    monkeypatch.setattr(beitv2.MaskedImageModel, "forward",
+                        lambda model, images, masked: seen.append([images, masked]) or forward(model, images, masked))
+    monkeypatch.setattr(pretrain, "cross_entropy",
+                        lambda logits, codes: seen[-1].append(codes) or cross_entropy(logits, codes))
+    monkeypatch.setattr(pretrain, "paint_epoch", lambda *_: None)
+    start("pretrain", home, "targets", "pretrain.epochs=1", "pretrain.warmup_epochs=0", "pretrain.knn_every=0")
+    teacher = tokenizer.build_vqkd(load_tiny(home), 108).eval()
+    teacher.load_state_dict(torch.load(home / "base/tokenizer/last.pt", weights_only=True)["model"])
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    assert len(seen) == 8
+    right = [teacher.token_ids(images * std + mean).gather(1, masked) == codes
+             for images, masked, *both in seen for codes in both]
+    assert len(right) == 16 and torch.stack(right).float().mean() > 0.95
+
+
 def test_kmeans_codes_of_the_teacher(home, two_ranks, monkeypatch):
     """`tokenizer.encoder: teacher`, in one process and in two. Stage 2 takes the features that stage 1 has left."""
     one, two = start("tokenizer", home, "teacher", *TEACHER_CODES), home / "two_teacher"
