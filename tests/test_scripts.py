@@ -346,6 +346,36 @@ def test_a_cache_changes_no_figure(home, stage):
     assert metrics(cached) and not differences(metrics(cached), metrics(computed), 1e-3)
 
 
+@pytest.mark.parametrize("stage, peak, end, warmup", [
+    ("tokenizer", 1e-3, 1e-5, 1), ("pretrain", 1e-3, 1e-5, 1), ("finetune", 1e-3, 1e-6, 1), ("linear_probe", 1.0, 0.0, 0)])
+def test_the_learning_rate_follows_its_schedule(one_rank, stage, peak, end, warmup):
+    """At each step, in the group that learns fastest."""
+    rates = [line["lr"] for line in metrics(one_rank(stage)) if "train" not in line]
+    assert rates == pytest.approx(engine.cosine_schedule(peak, end, 2, 8, warmup), rel=1e-5)
+
+
+def test_the_moving_average_holds_the_weights_of_all_steps(home, monkeypatch):
+    """And best.pt holds the average."""
+    passed, whole = [], engine.Run.optimizer_step
+
+    def weights(optimizer):
+        return {name: value.detach().clone() for group in optimizer.param_groups
+                for name, value in zip(group["names"], group["params"])}
+
+    def optimizer_step(run, optimizer):
+        passed.extend([] if passed else [weights(optimizer)])  # those before the first step
+        whole(run, optimizer)
+        passed.append(weights(optimizer))
+
+    monkeypatch.setattr(engine.Run, "optimizer_step", optimizer_step)
+    folder = start("finetune", home, "average", "finetune.ema_decay=0.9", "finetune.epochs=1", "finetune.warmup_epochs=0")
+    expected = passed[0]
+    for later in passed[1:]:
+        expected = {name: 0.9 * value + 0.1 * later[name] for name, value in expected.items()}
+    assert len(passed) == 9 and differences(expected, passed[-1], 1e-3)
+    assert not differences(checkpoint(folder / "finetune/best.pt")["model"], expected, 1e-5)
+
+
 def test_codes_are_revived_in_the_runs_compared(home, one_rank):
     """Else the comparisons above would say nothing about revival."""
     start("tokenizer", home, "unrevived", *COMPARED["tokenizer"], "tokenizer.revive_below=0.0")
