@@ -59,6 +59,7 @@ class ModelConfig:
     patch_size: Count = 16  # pixels; the image size must be a multiple of it
     mlp_ratio: Annotated[float, 0.1, math.inf] = 4.0  # hidden width of the MLP over D
     layer_scale: Annotated[float, 0.0, 1.0] = 0.1  # initial factor on each residual branch (1e-5 for large); 0: none
+    init_std: Annotated[float, 0.001, 1.0] = 0.02  # of the initial weights; narrow models learn faster with more
     rel_pos_bias: bool = True  # relative position bias: one table while pre-training, one per block afterwards
     abs_pos_embed: bool = False  # learned absolute position embeddings
     checkpoint_activations: bool = False  # recompute the blocks in the backward pass: less memory, a third more time
@@ -74,6 +75,7 @@ class ModelConfig:
             patch_size=self.patch_size,
             mlp_ratio=self.mlp_ratio,
             layer_scale=self.layer_scale,
+            init_std=self.init_std,
             abs_pos_embed=self.abs_pos_embed,
             checkpoint_activations=self.checkpoint_activations,
         )
@@ -289,6 +291,7 @@ class VisionTransformer(nn.Module):
     abs_pos_embed    add a learned vector to each token that says where it is (ViT's way; BEiT v2 leaves it out)
     rel_pos_bias     "shared": one bias table for all blocks; "per_block": one for each; None: no bias
     layer_scale      initial value of gamma_1 and gamma_2, 0 for none
+    init_std         standard deviation of the initial weights, see init_weights
     drop_path        rate of the last block, rising linearly from 0 at the first: early blocks feed all others
     final_norm       False for models that bring a norm of their own (`fc_norm`)
     pre_norm, quick_gelu, norm_eps, num_registers     what CLIP and DINOv2 have, and BEiT does not
@@ -302,8 +305,9 @@ class VisionTransformer(nn.Module):
     def __init__(self, image_size: int = 224, patch_size: int = 16, embed_dim: int = 768, depth: int = 12,
                  num_heads: int = 12, mlp_ratio: float = 4.0, in_channels: int = 3, abs_pos_embed: bool = False,
                  rel_pos_bias: Literal["shared", "per_block"] | None = None, layer_scale: float = 0.0,
-                 drop_path: float = 0.0, final_norm: bool = True, checkpoint_activations: bool = False,
-                 pre_norm: bool = False, quick_gelu: bool = False, norm_eps: float = 1e-6, num_registers: int = 0):
+                 init_std: float = 0.02, drop_path: float = 0.0, final_norm: bool = True,
+                 checkpoint_activations: bool = False, pre_norm: bool = False, quick_gelu: bool = False,
+                 norm_eps: float = 1e-6, num_registers: int = 0):
         super().__init__()
         if image_size < patch_size or image_size % patch_size:
             raise ModelError(f"an image of {image_size} pixels cannot be cut into patches of {patch_size}: choose an "
@@ -337,9 +341,9 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(drop_path=rate, **self.block_options) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps) if final_norm else nn.Identity()
 
-        # Tokenizer and classifier cut off at +-2, which is 100 std: nothing is cut off. They leave the patch
+        # Tokenizer and classifier cut off at +-2, which is 100 times 0.02: nothing is cut off. They leave the patch
         # convolution at PyTorch's default. The published code does so, and MaskedImageModel does otherwise below.
-        init_weights(self, truncate_at=2.0)
+        init_weights(self, truncate_at=2.0, std=init_std)
 
     def embed(self, images: Tensor, masked: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
         """Images [B, C, S, S] to input tokens [B, T, D]. The patches at `masked` [B, M] become the `mask_token`."""
@@ -430,6 +434,11 @@ def init_weights(model: nn.Module, truncate_at: float, convolutions: bool = Fals
     within [-0.02, 0.02]. The published code draws with std 0.02 and cuts off at +-0.02, that is at +-1 std. What is
     left has a standard deviation of 0.011.
 
+    Narrow models want a larger `std`. A sum over D inputs has a deviation of sqrt(D) times that of the weights. With
+    D = 768 and 0.02 that is 0.55, so a layer hands on about half of what comes in. With D = 128 it is 0.23, and all
+    branches begin so quiet that a short run spends most of its steps on making them louder. An `std` of
+    0.02 * sqrt(768 / D) or more spares it that.
+
     What is not named here keeps its constants: norms ones and zeros, layer scales theirs, bias tables zeros.
     """
     def truncated_normal_(tensor: Tensor) -> None:
@@ -502,8 +511,8 @@ class MaskedImageModel(VisionTransformer):
     droppable = ()
 
     def __init__(self, vocab_size: int = 8192, early_layers: int = 9, head_layers: int = 2,
-                 shared_lm_head: bool = True, drop_path: float = 0.0, **backbone):
-        super().__init__(drop_path=drop_path, **backbone)
+                 shared_lm_head: bool = True, drop_path: float = 0.0, init_std: float = 0.02, **backbone):
+        super().__init__(drop_path=drop_path, init_std=init_std, **backbone)
         if head_layers and not 1 <= early_layers <= self.depth:
             raise ModelError(f"early_layers is {early_layers}, but the backbone has {self.depth} blocks: "
                              f"choose a layer from 1 to {self.depth}")
@@ -512,7 +521,7 @@ class MaskedImageModel(VisionTransformer):
         self.lm_head = nn.Linear(self.embed_dim, vocab_size)
         # The parent class has drawn its weights already. They are drawn again, because in pre-training the published
         # code cuts the normal init off at +-1 std, also that of the patch convolution.
-        init_weights(self, truncate_at=0.02, convolutions=True)
+        init_weights(self, truncate_at=init_std, convolutions=True, std=init_std)
 
         # The head's layers are made after init_weights has run. So their linear layers keep PyTorch's default init, as
         # in the published code. The head continues from the early patches, as blocks l+1, l+2, ... do. So its layers
@@ -530,7 +539,7 @@ class MaskedImageModel(VisionTransformer):
         if head_layers and not shared_lm_head:
             self.cls_pt_norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
             self.cls_pt_lm_head = nn.Linear(self.embed_dim, vocab_size)
-            init_weights(self.cls_pt_lm_head, truncate_at=0.02)
+            init_weights(self.cls_pt_lm_head, truncate_at=init_std, std=init_std)
 
     def forward(self, images: Tensor, masked: Tensor) -> tuple[Tensor, Tensor | None]:
         """Predict the codes of the masked patches: p(code | visible patches) = softmax of these logits (equation 3).

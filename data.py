@@ -388,7 +388,8 @@ def block_mask(grid: int, num_masked: int, min_block: int = 16,
                generator: torch.Generator | None = None) -> torch.Tensor:
     """bool [grid * grid], row by row, with exactly `num_masked` True, mostly in rectangles of `min_block` or more.
 
-    The paper masks 75 of 14 x 14 patches (38 %) in blocks of at least 16. Random numbers come from the `generator`, or
+    The paper masks 75 of 14 x 14 patches (38 %) in blocks of at least 16. With `min_block` 0 there are no blocks, and
+    every masked patch is drawn alone. Random numbers come from the `generator`, or
     from torch's default one. UserError when there are fewer than `num_masked` patches.
     """
     check_num_masked(num_masked, grid)
@@ -396,7 +397,7 @@ def block_mask(grid: int, num_masked: int, min_block: int = 16,
     # Add random rectangles until enough patches are masked. Near the end, most rectangles are too large for what is
     # left. After ten of them in a row that do not fit, give up, or the loop might never end.
     tries, masked = 0, 0
-    while masked < num_masked and tries < 10:
+    while min_block and masked < num_masked and tries < 10:
         tries += 1
         area, aspect, y, x = torch.rand(4, generator=generator).tolist()
         # The area in patches is uniform between the minimum and what is still to be masked.
@@ -415,7 +416,7 @@ def block_mask(grid: int, num_masked: int, min_block: int = 16,
             block.fill_(True)
             tries, masked = 0, masked + new
 
-    # A few patches are still missing, and no block was small enough. Draw single ones, so that the number is exact.
+    # A few patches are still missing (or all), and no block was small enough. Draw single ones: the number is exact.
     # (Algorithm 1 of BEiT stops as soon as 40 % are exceeded, so its number varies. The published code of BEiT v2
     # completes the mask as we do here.)
     mask = mask.flatten()
@@ -453,7 +454,7 @@ class SampleView(Dataset):
 
     def __getitem__(self, epoch_and_index: tuple[int, int]) -> dict:
         epoch, index = epoch_and_index
-        return self.seeded(lambda: self.draw(index), epoch, index)
+        return self.seeded(lambda: self.draw(index), self.seed, epoch, index)
 
     def seeded(self, draw, *numbers: int):
         """What `draw()` gives when torch's default CPU generator starts at these numbers, which make one seed.
@@ -465,7 +466,7 @@ class SampleView(Dataset):
         with torch.random.fork_rng(devices=[]):
             # The hash makes one seed of the numbers. Their sum would give (epoch 1, image 2) and (epoch 2, image 1) the
             # same crop and mask.
-            sample_seed = np.random.SeedSequence((self.seed, *numbers)).generate_state(1, np.uint64)
+            sample_seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
             torch.default_generator.manual_seed(int(sample_seed[0]))
             return draw()
 
@@ -505,7 +506,9 @@ class TrainView(SampleView):
     Pre-training uses crop, flip, jitter and mask. Fine-tuning uses crop, flip, RandAugment and erase.
 
     With `views` V > 0, an image has V crops in all: `image` in epoch e is that of epoch e mod V. So what a frozen
-    network says of it can be computed once, see `Cache`. Jitter, mask and erased box are drawn anew in each epoch.
+    network says of it can be computed once, see `Cache`. These crops do not depend on the seed: they are like a data
+    set V times as large, and runs with other seeds use what was computed for the first one. Jitter, mask and erased
+    box are drawn anew in each epoch, and do depend on the seed.
     """
 
     def __init__(self, dataset, seed: int, image_size: int, crop_scale=(0.08, 1.0), jitter=0.0,
@@ -517,7 +520,7 @@ class TrainView(SampleView):
         super().__init__(dataset, seed)
         self.size, self.views = image_size, views
         self.attached: dict[str, Cache] = {}
-        self.drawn: dict[int, dict] = {}  # crops that come back are kept, up to 256 MiB in each process
+        self.drawn: dict[int, dict] = {}  # crops that come back are kept, up to 1 GiB in each process
         self.crop_scale, self.jitter, self.erase = crop_scale, jitter, erase
         self.num_masked, self.mask_grid, self.min_block = num_masked, mask_grid, min_block
         # RandAugment (arXiv 1909.13719): two random operations, such as rotate or posterize. With 11 bins, magnitude 9
@@ -531,15 +534,16 @@ class TrainView(SampleView):
         epoch, index = epoch_and_index
         row = epoch % self.views * len(self) + index
         sample = self.crop(row)
-        anew = self.seeded(lambda: self.draw_rest(sample["image"]), epoch, index, 1)  # 1: other numbers than the crop's
+        # The last number keeps these draws apart from those of a crop.
+        anew = self.seeded(lambda: self.draw_rest(sample["image"]), self.seed, epoch, index, 1)
         return sample | anew | {name: cache[row] for name, cache in self.attached.items()}
 
     def crop(self, row: int) -> dict:
         """With `views`: crop number `row` of the views * len(dataset), those of the first view first."""
         if row not in self.drawn:
             view, index = divmod(row, len(self))
-            sample = self.seeded(lambda: self.draw_crop(index), view, index)
-            if len(self.drawn) >= 2**28 // sample["image"].numel():
+            sample = self.seeded(lambda: self.draw_crop(index), 0, view, index)
+            if len(self.drawn) >= 2**30 // sample["image"].numel():
                 return sample
             self.drawn[row] = sample
         return self.drawn[row]

@@ -48,7 +48,7 @@ class PretrainConfig(engine.TrainConfig):
     drop_path: Share = 0.0  # .1 for 1600 epochs
     tokenizer_weights: str = ""  # a trained tokenizer, path or URL; empty: OUTPUT_DIR/tokenizer/last.pt
     num_masked: Count = 75  # masked patches per image: 40 % of 196
-    min_block: Count = 16  # patches in the smallest block
+    min_block: Natural = 16  # patches in the smallest block; 0: no blocks, single patches
     early_layers: Natural = 9  # l: the layer, from 1, whose patches the aggregation head sees
     head_layers: Natural = 2  # blocks of the aggregation head; 0: none
     shared_lm_head: bool = True  # both predictions through the same norm and output layer

@@ -61,6 +61,7 @@ class TokenizerConfig(engine.TrainConfig):
     embed_dim: Count | None = None  # width of encoder and decoder
     depth: Count | None = None  # blocks of the encoder
     num_heads: Count | None = None
+    init_std: Annotated[float, 0.001, 1.0] = 0.02  # of the initial weights; narrow models learn faster with more
     decoder_depth: Count = 3  # blocks of the decoder: shallow, so that the codes must do the work
     codebook_size: Annotated[int, 2, math.inf] = 8192  # K
     codebook_dim: Count = 32  # D: low, or most codes are never used
@@ -480,8 +481,9 @@ class VQKD(nn.Module):
 
     def __init__(self, image_size: int, patch_size: int, encoder: dict, decoder: dict, codebook_size: int,
                  codebook_dim: int, teacher_dim: int, ema_decay: float = 0.99, commitment_beta: float = 1.0,
-                 revive_below: float = 0.0):
+                 revive_below: float = 0.0, init_std: float = 0.02):
         super().__init__()
+        encoder, decoder = encoder | dict(init_std=init_std), decoder | dict(init_std=init_std)
         self.encoder = PatchTransformer(image_size=image_size, patch_size=patch_size, **encoder)
         # The decoder's "image" is the grid of codes, each a patch of one "pixel" with D channels.
         self.grid, self.patch_size = self.encoder.grid, patch_size
@@ -490,8 +492,8 @@ class VQKD(nn.Module):
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, codebook_dim))
         self.decode_task_layer = nn.Sequential(nn.Linear(decoder_width, decoder_width), nn.Tanh(),
                                                nn.Linear(decoder_width, teacher_dim))
-        init_weights(self.encode_task_layer, truncate_at=2.0)
-        init_weights(self.decode_task_layer, truncate_at=2.0)
+        init_weights(self.encode_task_layer, truncate_at=2.0, std=init_std)
+        init_weights(self.decode_task_layer, truncate_at=2.0, std=init_std)
         self.quantize = Quantizer(codebook_size, codebook_dim, ema_decay, commitment_beta, revive_below)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -530,7 +532,8 @@ def build_vqkd(config, teacher_dim: int) -> VQKD:
     c = config.tokenizer
     encoder = dimensions(c)
     return VQKD(config.data.image_size, config.model.patch_size, encoder, encoder | dict(depth=c.decoder_depth),
-                c.codebook_size, c.codebook_dim, teacher_dim, c.ema_decay, c.commitment_beta, c.revive_below)
+                c.codebook_size, c.codebook_dim, teacher_dim, c.ema_decay, c.commitment_beta, c.revive_below,
+                c.init_std)
 
 
 class TeacherTokenizer(nn.Module):

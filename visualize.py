@@ -785,15 +785,17 @@ def summary(folders: list[Path]) -> list[list[str]]:
     titles = [title for title, *_ in FIGURES if any(title in run for runs in groups.values() for run in runs)]
     rows = [["runs that differ in", "seeds", *titles]]
     for name, runs in groups.items():
-        row = [name, str(len(runs))]
-        for title in titles:
-            values = [run[title] for run in runs if title in run]
-            text = "-" if not values else f"{statistics.mean(values):.{3 if title == 'cosine loss' else 1}f}"
-            if len(values) > 1:
-                text += f" ± {statistics.stdev(values):.{3 if title == 'cosine loss' else 1}f}"
-            row.append(text + (f" ({len(values)})" if 0 < len(values) < len(runs) else ""))
-        rows.append(row)
+        rows.append([name, str(len(runs)), *(mean_and_deviation(title, runs) for title in titles)])
     return rows
+
+
+def mean_and_deviation(title: str, runs: list[dict[str, float]]) -> str:
+    """A cell of the table; behind it in brackets how many runs have measured it, if not all."""
+    values, digits = [run[title] for run in runs if title in run], 3 if title == "cosine loss" else 1
+    text = f"{statistics.mean(values):.{digits}f}" if values else "-"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return text + (f" ({len(values)})" if 0 < len(values) < len(runs) else "")
 
 
 def as_markdown(rows: list[list[str]]) -> str:

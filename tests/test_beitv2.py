@@ -91,6 +91,17 @@ def test_initial_weights_of_tokenizer_and_classifier():
     assert model.patch_embed.proj.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
 
 
+def test_the_deviation_of_initial_weights_is_an_option():
+    """In pre-training the cut-off moves with it: at +-1 std, which leaves 0.54 of it (the deviation of N(0,1) there)."""
+    torch.manual_seed(0)
+    options = ModelConfig(embed_dim=128, depth=2, num_heads=2, patch_size=8, init_std=0.06).backbone(16)
+    weight = VisionTransformer(**options).blocks[0].attn.qkv.weight
+    assert weight.std().item() == pytest.approx(0.06, rel=0.05) and weight.abs().max() > 0.18
+    model = MaskedImageModel(vocab_size=512, early_layers=1, head_layers=1, shared_lm_head=False, **options)
+    for weight in (model.patch_embed.proj.weight, model.lm_head.weight, model.cls_pt_lm_head.weight):
+        assert weight.std().item() == pytest.approx(0.54 * 0.06, rel=0.05) and 0.059 < weight.abs().max() <= 0.06
+
+
 def test_the_classifiers_head_starts_small():
     torch.manual_seed(0)
     model = Classifier(50, **TINY)

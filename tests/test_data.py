@@ -117,6 +117,17 @@ def test_block_mask_count_is_exact(grid, num_masked, min_block):
         assert mask.shape == (grid * grid,) and mask.sum() == num_masked
 
 
+def test_without_blocks_every_patch_is_masked_alone():
+    """Each mask of 6 of 16 patches is as likely as any other, so two given patches are masked together in 6 * 5 of
+    16 * 15 cases, whether they are neighbours or not. Blocks mask neighbours together more often."""
+    generator = torch.Generator().manual_seed(0)
+    single, blocks = (torch.stack([data.block_mask(4, 6, smallest, generator) for _ in range(4000)]) for smallest in (0, 2))
+    assert (single.sum(1) == 6).all()
+    for left, right in ((5, 6), (5, 9), (0, 15), (3, 12)):
+        assert (single[:, left] & single[:, right]).float().mean() == pytest.approx(30 / 240, abs=0.02)
+    assert (blocks[:, 5] & blocks[:, 6]).float().mean() > 0.18
+
+
 def test_more_masked_patches_than_patches():
     with pytest.raises(UserError, match="17 masked patches .* 16 patches"):
         data.block_mask(4, 17, 4)
@@ -255,16 +266,20 @@ def test_with_views_the_crop_comes_back_and_all_else_is_drawn_anew():
     for drawn in ("jitter", "mask", "erase"):
         assert not torch.equal(first[drawn], again[drawn])
     assert same(again, view[2, 5])
-    assert torch.equal(first["image"], data.TrainView(shapes(), 3, 16, jitter=0.4)[0, 5]["image"])  # as without views
+    assert torch.equal(first["image"], data.TrainView(shapes(), 0, 16, jitter=0.4)[0, 5]["image"])  # as without views
     assert torch.equal(other["image"], data.FixedCrops(view)[40 + 5]["image"])
+    reseeded = data.TrainView(shapes(), 4, 16, jitter=0.4, num_masked=6, mask_grid=4, min_block=2, erase=1.0, views=2)[0, 5]
+    assert torch.equal(first["image"], reseeded["image"])  # another seed has the same crops, but draws all else anew
+    for drawn in ("jitter", "mask", "erase"):
+        assert not torch.equal(first[drawn], reseeded[drawn])
 
 
 def mean_colours(batch: dict) -> torch.Tensor:
     return batch["image"].float().mean(dim=(2, 3))
 
 
-def make_cache(path: Path, seed=3, compute=mean_colours, **about) -> data.Cache:
-    crops = data.FixedCrops(data.TrainView(shapes(), seed, 16, views=2))
+def make_cache(path: Path, seed=3, scale=(0.08, 1.0), compute=mean_colours, **about) -> data.Cache:
+    crops = data.FixedCrops(data.TrainView(shapes(), seed, 16, scale, views=2))
     cache = data.Cache(path, "colours", crops, {"network": "mean"} | about, (3,), "float32")
     return cache.fill(compute, 16, torch.device("cpu"), 0, "colours")
 
@@ -311,13 +326,14 @@ def test_a_cache_is_computed_once_and_goes_on_where_it_was(tmp_path):
     make_cache(tmp_path, compute=refuse)
 
 
-def test_another_seed_network_or_data_set_has_a_cache_of_its_own(tmp_path):
+def test_other_crops_networks_or_data_sets_have_a_cache_of_their_own(tmp_path):
     first = make_cache(tmp_path)
-    for other in (make_cache(tmp_path, seed=4), make_cache(tmp_path, network="median")):
+    for other in (make_cache(tmp_path, scale=(0.5, 1.0)), make_cache(tmp_path, network="median")):
         assert other.folder != first.folder
     crops = data.FixedCrops(data.TrainView(shapes(size=40), 3, 16, views=2))  # as many images, but others
     assert data.Cache(tmp_path, "colours", crops, {"network": "mean"}, (3,), "float32").folder != first.folder
     assert make_cache(tmp_path, compute=refuse).folder == first.folder
+    assert make_cache(tmp_path, seed=4, compute=refuse).folder == first.folder  # a run's seed changes no crop
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "no text", "missing"])
