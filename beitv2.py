@@ -12,7 +12,8 @@ Paper: Peng et al., "BEiT v2: Masked Image Modeling with Vector-Quantized Visual
 It builds on BEiT (arXiv 2106.08254), from which the backbone and the masking come.
 
 Two words: a *token* is a vector of D numbers inside the network. A *code* is an integer from 0 to K-1 that the
-tokenizer of stage 1 gives to a patch. (The paper calls it a visual token.)
+tokenizer of stage 1 gives to a patch. (The paper calls it a visual token.) In tokenizer.py each code also has a vector,
+its row of the codebook: there `ids` are the integers, and `codes` are the vectors.
 
 The shape comments use these letters:
 
@@ -411,7 +412,8 @@ class VisionTransformer(nn.Module):
         return x, kept
 
     def features(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] to normed tokens [B, T, D]: [CLS], then the patches row by row. Registers are left out.
+        """Images [B, 3, S, S] to tokens [B, T, D] after the final norm, if the model has one: [CLS], then the patches
+        row by row. Registers are left out.
 
         The final norm is needed because no block norms the residual stream, whose size grows from block to block.
         """
@@ -496,7 +498,7 @@ class MaskedImageModel(VisionTransformer):
     Why [CLS] cannot cheat: what the blocks after l find out can reach the head in one way only, through [CLS]. The
     final patch tokens are not shown to it. The early ones have combined less of the image, and the head, with its
     two layers, cannot do the work of the missing blocks. So the loss goes down only if [CLS] carries what the early
-    patches do not know. And one vector cannot hold the answers for all the masked patches one by one. It has to
+    patches do not know. And one vector can hardly hold the answers for all the masked patches one by one. It has to
     say what helps with all of them: what the image shows. That is how [CLS] learns this without any label.
 
     If l were L, the head would see the final patches, and could do without [CLS]. If the head were deep, it could

@@ -7,9 +7,10 @@ A worker is a process that prepares samples while the device computes. The work 
 what needs the decoded file, or shrinks it, is done by the worker. What is the same simple arithmetic for each pixel is
 done by the device, for a whole batch at once. Images travel as uint8, a quarter of the bytes of float32.
 
-Every random choice of a training sample (crop, flip, jitter factors, mask, erased box) is drawn in the worker from a
-generator seeded by (seed, epoch, index), and is part of the sample, also where the device carries it out. A run is
-therefore the same for any number of workers, and can continue in the middle of an epoch without any saved state.
+Every random choice of a training sample (crop, flip, RandAugment, jitter factors, mask, erased box) is drawn in the
+worker from a generator seeded by (seed, epoch, index), and is part of the sample, also where the device carries it out.
+So samples do not depend on the number of workers, and no generator's state has to be saved. The loop's own random
+numbers (drop path, MixUp) come from generators that are seeded at each step by (seed, step, rank): see `engine.Run`.
 """
 
 import functools
@@ -370,8 +371,8 @@ def stroke(start, end, width: float) -> np.ndarray:
 #
 # Why blocks: neighbouring patches look alike. If single patches were hidden, nearly every one would have visible
 # neighbours, and the model could guess its code from their colour and edges. It would not need to know what the image
-# shows. For 75 of 14 x 14 patches, 97 % of the masked patches have a visible neighbour to their side, above or below if
-# single patches are drawn, and 45 % with the blocks below. Deep inside a block, nothing nearby helps. The model has to
+# shows. Of 75 masked patches among 14 x 14, 3 % have no visible neighbour (left, right, above, below) if
+# single patches are drawn, and 55 % with the blocks below. Deep inside a block, nothing nearby helps. The model has to
 # recognise the object, and to know how objects continue.
 #
 # Why 40 %: it is a compromise. With fewer masked patches, there is less to predict in each image, and it is easier.
@@ -388,9 +389,9 @@ def block_mask(grid: int, num_masked: int, min_block: int = 16,
                generator: torch.Generator | None = None) -> torch.Tensor:
     """bool [grid * grid], row by row, with exactly `num_masked` True, mostly in rectangles of `min_block` or more.
 
-    The paper masks 75 of 14 x 14 patches (38 %) in blocks of at least 16. With `min_block` 0 there are no blocks, and
-    every masked patch is drawn alone. Random numbers come from the `generator`, or
-    from torch's default one. UserError when there are fewer than `num_masked` patches.
+    The paper masks 75 of 14 x 14 patches (38 %, "about 40 %") in blocks of at least 16. With `min_block` 0 there are no
+    blocks, and every masked patch is drawn alone. Random numbers come from the `generator`, or from torch's default
+    one. UserError when there are fewer than `num_masked` patches.
     """
     check_num_masked(num_masked, grid)
     mask = torch.zeros(grid, grid, dtype=torch.bool)
@@ -438,9 +439,9 @@ def check_num_masked(num_masked: int, grid: int):
 
 
 class SampleView(Dataset):
-    """view[epoch, index] is what `draw(index)` of a subclass makes of an image, with random numbers of its own.
+    """view[epoch, index] is one sample. A subclass makes it in `draw(index)`. Each sample has its own random numbers.
 
-    The numbers come from a generator that is seeded by (seed, epoch, index) for this one sample. So the sample is the
+    They come from a generator that is seeded by (seed, epoch, index) for this one sample. So the sample is the
     same whichever worker makes it and whatever was made before it. If the samples of a worker shared one generator,
     each would depend on how many came before. Then another number of workers would give other crops and masks, and an
     interrupted run could continue exactly only if it had saved the state of the generator of every worker.
@@ -503,7 +504,7 @@ class TrainView(SampleView):
     unreadable  "" or the names, one a line, of unreadable images that this one replaces
     NAME    what the cache `attached[NAME]` holds for this crop            (if views > 0)
 
-    Pre-training uses crop, flip, jitter and mask. Fine-tuning uses crop, flip, RandAugment and erase.
+    The tokenizer uses crop and flip, pre-training also jitter and mask, fine-tuning RandAugment and erase instead.
 
     With `views` V > 0, an image has V crops in all: `image` in epoch e is that of epoch e mod V. So what a frozen
     network says of it can be computed once, see `Cache`. These crops do not depend on the seed: they are like a data
@@ -694,7 +695,7 @@ def start_worker(_: int):
     # Ctrl-C reaches all processes of a terminal. Only the main one reacts: it saves, then ends its workers.
     for number in engine.STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    # There are as many workers as cores. If each used several threads, they would only take turns.
+    # There may be as many workers as cores. If each used several threads, they would only take turns.
     torch.set_num_threads(1)
 
 

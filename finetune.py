@@ -59,7 +59,7 @@ class FinetuneConfig(engine.TrainConfig):
     min_lr: Amount = 1e-6
     warmup_epochs: Amount = 20
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    layer_decay: Share = 0.65  # learning rate of a layer over that of the layer above it
+    layer_decay: Share = 0.65  # each layer's learning rate is this times that of the next higher layer
     drop_path: Share = 0.1
     mean_pool: bool = True  # classify the mean of the patches; false: [CLS]
     init_scale: Amount = 0.001  # factor on the head's initial weights
@@ -90,7 +90,7 @@ def main() -> None:
 # ----------------------------------------------------------------------------------------------------------------
 # Act 1. Full fine-tuning
 #
-# All layers are trained on labelled images. Two dangers decide how. The first steps can destroy what pre-training has
+# All layers are trained on labelled images. There are two dangers. The first steps can destroy what pre-training has
 # learned, because the new head still sends meaningless gradients: hence a tiny initial head, a long warm-up, and layer
 # decay. And 86 million weights can learn a million images by heart: hence augmentation, mixing, and soft labels.
 

@@ -8,9 +8,10 @@ We hide about 40 % of the patches of an image, in blocks. The backbone, a Vision
 hidden patch it must name the code that the tokenizer of stage 1 gives it. The tokenizer sees the whole image.
 
 Two heads make this guess. The first reads the last layer at the hidden position. The second, the aggregation head,
-reads the final [CLS] token beside the patch tokens of an early layer l. Both guesses are scored in the same way:
+reads the final [CLS] token beside all patch tokens of an early layer l, the hidden ones included. Both guesses are
+scored in the same way:
 
-    loss = - mean over hidden patches i of  log p(code_i | visible patches)  +  log p(code_i | [CLS], early patches)
+    loss = - mean over hidden patches i of  [ log p(code_i | visible patches) + log p(code_i | [CLS], early patches) ]
 
 Why codes and not pixels? A network that must paint pixels spends its strength on textures. A code stands for what a
 teacher such as CLIP sees in the patch, so naming it asks what the hidden part *is*.
@@ -47,7 +48,7 @@ class PretrainConfig(engine.TrainConfig):
     clip_grad: Amount = 3.0
     drop_path: Share = 0.0  # .1 for 1600 epochs
     tokenizer_weights: str = ""  # a trained tokenizer, path or URL; empty: OUTPUT_DIR/tokenizer/last.pt
-    num_masked: Count = 75  # masked patches per image: 40 % of 196
+    num_masked: Count = 75  # masked patches per image: about 40 % of 196
     min_block: Natural = 16  # patches in the smallest block; 0: no blocks, single patches
     early_layers: Natural = 9  # l: the layer, from 1, whose patches the aggregation head sees
     head_layers: Natural = 2  # blocks of the aggregation head; 0: none
@@ -113,7 +114,7 @@ def main() -> None:
                     codes = codes.gather(1, masked)  # [B, M]
 
                     # 4. The answers of both heads. The student gets ImageNet's normalisation, which fine-tuning will
-                    #    use too. The tokenizer takes the same pixels in [-1,1], as it was trained (VQKD.encode).
+                    #    use too. The tokenizer gets them in [0,1], and VQKD.encode scales them as in its training.
                     logits, head_logits = parallel(data.normalize(images), masked)  # [B, M, K] each
 
                 # 5. The score: a classification among K codes for each hidden patch. Accuracy is low even at the end

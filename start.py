@@ -160,7 +160,8 @@ class TrainConfig(OptimizerConfig):
     warmup_epochs: Amount = 5  # linear warm-up from 0
 
 
-# A run may go on with other values of these: they change its speed or its place, and its result by rounding only.
+# A run may go on with other values of these: they change its speed or its place. Its result changes by rounding only,
+# but for the random numbers of drop path and MixUp, which each device draws for its own part of a batch.
 FREE_TO_CHANGE = {"output_dir", "device", "precision", "compile", "root", "download", "cache", "workers",
                   "device_batch_size", "save_every", "checkpoint_activations", "eval_only", "overlays"}
 

@@ -64,12 +64,12 @@ class TokenizerConfig(engine.TrainConfig):
     init_std: Annotated[float, 0.001, 1.0] = 0.02  # of the initial weights; narrow models learn faster with more
     decoder_depth: Count = 3  # blocks of the decoder: shallow, so that the codes must do the work
     codebook_size: Annotated[int, 2, math.inf] = 8192  # K
-    codebook_dim: Count = 32  # D: low, or most codes are never used
+    codebook_dim: Count = 32  # D, the length of a code's vector: low, or most codes are never used
     ema_decay: Share = 0.99  # of the codebook's moving average; short runs want .95
     commitment_beta: Amount = 1.0  # weight of the commitment loss
     kmeans_init: bool = True  # start from k-means over the first batch's vectors
     mean_start: bool = False  # start with a decoder that gives the teacher's mean feature; short runs want it
-    revive_below: Amount = 0.0  # a code whose running count of hits per batch falls below this starts anew; 0: never
+    revive_below: Amount = 0.0  # a code whose running count of hits per step falls below this starts anew; 0: never
     crop_scale: tuple[Share, Share] = (0.08, 1.0)  # area of the random crop over that of the image
 
 
@@ -88,8 +88,9 @@ SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "tokenizer": Tokenize
 class Teacher(nn.Module):
     """A frozen Vision Transformer: images in [0,1], [B, 3, S, S] -> patch features [B, N, output_dim].
 
-    The image is resized to the backbone's own input size, so that the teacher's patches cover what ours cover.
-    Features are those after the final norm (and after CLIP's projection into the space it shares with text).
+    The image is resized so that the teacher has as many patches as the tokenizer: the grid times the teacher's patch
+    size. So patch i of both shows the same place. Features are those after the final norm (and after CLIP's projection
+    into the space it shares with text). They are not scaled any further: the cosine loss looks at their direction only.
 
     Why [0,1] here and the teacher's own normalisation inside: each network must see colours in the range it was trained
     with. A teacher that gets another range still answers, but the answers are worse, and nothing tells you so.
@@ -344,9 +345,10 @@ class Quantizer(nn.Module):
             # The commitment loss pulls z towards its code. Without it, z may run away faster than the codes can follow.
             # The codes have no gradient, so only z moves. It is a mean over all elements, as in the published code.
             commitment_loss = self.commitment_beta * F.mse_loss(z, codes)
-            # The straight-through estimator. Forward, this is `codes`: z cancels. Backward, the bracket counts as a
-            # constant, so the decoder's gradient for the codes becomes the gradient for z, unchanged. It is wrong by
-            # what lies between z and its code. But without it the encoder would learn nothing from the decoder.
+            # The straight-through estimator. Forward, this is `codes`: z cancels. Backward, the bracket is a constant,
+            # so the decoder's gradient for the codes is copied to z, which has length 1 here. From z it goes on through
+            # the normalisation to the encoder. The copy is approximate: it was computed at the code, not at z. But
+            # without it the encoder would learn nothing from the decoder.
             codes = z + (codes - z).detach()
             return codes, ids, commitment_loss
 
@@ -366,9 +368,9 @@ class Quantizer(nn.Module):
         Then codes whose running count fell below `revive_below` are put on random vectors of this batch; `seed`
         makes all ranks choose alike. Returns the hits of each code in this step, [K].
         """
-        # All that ranks exchange for the codebook are these K counts and K sums. A sum of sums is exact, so one process
-        # or many end with the same codes. (A mean of each rank's mean would weigh a rank with one hit like one with
-        # a thousand.)
+        # For this step ranks exchange K counts and K sums of vectors. Sums can be added over ranks, so one process and
+        # many give the same codes, up to rounding. (A mean of the ranks' means would weigh a rank with one hit like one
+        # with a thousand.) The revival below also gathers the vectors themselves.
         counts, sums = engine.all_reduce_sum(self.counts), engine.all_reduce_sum(self.sums)
         weight, hit = self.embedding.weight, (counts > 0)[:, None]
         means = F.normalize(sums / counts.clamp(min=1)[:, None], dim=1)
@@ -409,7 +411,7 @@ class Quantizer(nn.Module):
             sums = torch.zeros_like(weight).index_add_(0, ids, z)
             weight.copy_(torch.where(counts[:, None] > 0, F.normalize(sums, dim=1), weight))
         if engine.world_size() > 1:
-            torch.distributed.broadcast(weight, 0)  # the same to the last bit
+            torch.distributed.broadcast(weight, 0)  # ranks may have rounded differently
 
 
 def nearest_code(z: Tensor, codebook: Tensor, chunk: int = 16384) -> Tensor:
@@ -577,7 +579,7 @@ def load_tokenizer(config, weights: str, key: str) -> "VQKD | TeacherTokenizer":
                    f"features, from {path}")
         return model.requires_grad_(False).eval()
     engine.say_if_unfinished(content, path)
-    # Whose features it learned, and with how deep a decoder, does not matter any more: the file knows.
+    # The teacher and the decoder's depth need not be configured here: both sizes are read from the file.
     state = model_state(content, str(path))
     teacher_dim = len(state.get("decode_task_layer.2.bias", [0]))
     config.tokenizer.decoder_depth = len({name.split(".")[2] for name in state if name.startswith("decoder.blocks.")})
@@ -623,8 +625,8 @@ def train(config) -> None:
         run.write_alone(val)
         return
 
-    # The student of this stage. `parallel` is the same model, compiled and synchronised between processes if asked for.
-    # The codebook is no part of what the optimizer moves: it has no gradient.
+    # The model that learns in this stage. `parallel` is the same model, compiled and synchronised between processes if
+    # asked for. The codebook is no part of what the optimizer moves: it has no gradient.
     model = build_vqkd(config, teacher.output_dim).to(run.device)
     parallel = run.prepare(model)
     optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay), cfg)
@@ -733,7 +735,7 @@ def cluster_features(run: engine.Run, model: TeacherTokenizer, loader: data.Trai
 
 @torch.no_grad()
 def start_from_first_batch(run: engine.Run, model: VQKD, teacher: nn.Module) -> None:
-    """Let codebook and decoder begin where the images of the first optimizer step, gathered from all ranks, are.
+    """Initialise codebook and decoder from the images of the first optimizer step, those of all ranks.
 
     `kmeans_init`: the codes are k-means of the encoder's vectors.
     `mean_start` (not in the published code): the decoder's output is the teacher's mean feature, and nothing else. The
