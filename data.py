@@ -387,7 +387,10 @@ def stroke(start, end, width: float) -> np.ndarray:
 
 def block_mask(grid: int, num_masked: int, min_block: int = 16,
                generator: torch.Generator | None = None) -> torch.Tensor:
-    """bool [grid * grid], row by row, with exactly `num_masked` True, mostly in rectangles of `min_block` or more.
+    """bool [grid * grid], row by row, with exactly `num_masked` True, mostly in rectangles that may overlap.
+
+    grid        patches along one side of the image
+    min_block   the least area, in patches, that a rectangle is drawn with while that many are still to be masked
 
     The paper masks 75 of 14 x 14 patches (38 %, "about 40 %") in blocks of at least 16. With `min_block` 0 there are no
     blocks, and every masked patch is drawn alone. Random numbers come from the `generator`, or from torch's default

@@ -102,6 +102,28 @@ def test_masks_grow_from_blocks_that_fill_what_is_left():
         f"masks are so compact: is a block's area uniform between min_block and what is left?"
 
 
+def test_the_search_goes_on_after_a_refusal():
+    """Ten refusals in a row end it, and not the first one, nor that fewer than min_block are left: blocks then give way
+    to single patches too early, and fewer masked patches lie deep in a block."""
+    mask = masks(400, 14, 75, 16)
+    visible = torch.nn.functional.pad(~mask, (1, 1, 1, 1))  # outside of the image nothing is visible
+    touched = visible[:, :-2, 1:-1] | visible[:, 2:, 1:-1] | visible[:, 1:-1, :-2] | visible[:, 1:-1, 2:]
+    lonely = ((mask & ~touched).sum() / mask.sum()).item()
+    assert 0.53 < lonely < 0.58, \
+        f"about 55 % of the masked patches should touch no visible one, but {lonely:.0%} do not: does the search end " \
+        "after ten refusals in a row, and is a block drawn also when fewer than min_block are left?"
+
+
+def test_no_block_spans_the_grid():
+    """3 of 3 x 3 patches: single patches complete a line now and then, in a fifth of the masks. Whole blocks of 1 x 3
+    and 3 x 1 would make two thirds of them."""
+    mask = masks(500, 3, 3, 3)
+    lines = (mask.all(dim=1) | mask.all(dim=2)).any(dim=1).float().mean().item()
+    assert lines < 0.4, \
+        f"about 20 % of these masks should hold a whole row or column, but {lines:.0%} do: is a block that is as high or as " \
+        "wide as the grid refused?"
+
+
 # -- masked_positions ---------------------------------------------------------------------------------------------
 
 
