@@ -759,11 +759,12 @@ def start_from_first_batch(run: engine.Run, model: VQKD, teacher: nn.Module) -> 
 
 @torch.no_grad()
 def evaluate(run: engine.Run, model: VQKD | TeacherTokenizer, teacher: nn.Module, loader, bank_loader) -> dict:
-    """Figures of the validation images, each counted once: cosine loss, usage, perplexity, and bag_knn.
+    """Figures of the validation images, each counted once: cosine loss, usage, perplexity, bag_knn, and one_class.
 
     bag_knn is the one that says whether codes mean anything. An image becomes the bag of its codes, without their
     order, and k-NN guesses its class from the training images with the most similar bags. The loss may be low and all
-    codes in use though they tell nothing but brightness: then this share stays near chance. Labels serve only here.
+    codes in use though they tell nothing but brightness: then this share stays near chance. one_class is the share of
+    the codes in use whose patches lie, half of them or more, in images of one class. Labels serve only here.
     """
     model.eval()
     codebook_size = model.quantize.embedding.num_embeddings
@@ -776,7 +777,8 @@ def evaluate(run: engine.Run, model: VQKD | TeacherTokenizer, teacher: nn.Module
     bank, bank_labels = (engine.gather_in_order(torch.cat(part), len(bank_loader.chosen))
                          for part in (bank, bank_labels))
 
-    usage = CodeUsage(codebook_size, run.device)
+    classes = int(bank_labels.max()) + 1
+    counts = torch.zeros(codebook_size, classes, dtype=torch.float64, device=run.device)  # patches of a code in a class
     sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # of the losses, of the k-NN's hits, of images
     for batch in loader:
         batch = {key: value.to(run.device, non_blocking=True) for key, value in batch.items()}
@@ -785,10 +787,14 @@ def evaluate(run: engine.Run, model: VQKD | TeacherTokenizer, teacher: nn.Module
             cosine_loss, _, ids = model(images, features_of(teacher, batch))
         accuracy = finetune.knn_accuracy(bank, bank_labels, bag_of_codes(ids, codebook_size), batch["label"])
         sums += torch.tensor([cosine_loss.item(), accuracy, 1.0], device=run.device) * len(images)
-        usage.add(ids.flatten().bincount(minlength=codebook_size))
+        places = ids * classes + batch["label"][:, None]  # a code and a class as one number
+        counts += places.flatten().bincount(minlength=codebook_size * classes).view_as(counts)
     loss, hits, count = engine.all_reduce_sum(sums).tolist()
-    engine.all_reduce_sum(usage.counts)
-    return {"cosine_loss": loss / count, **usage.figures(), "bag_knn": hits / count}
+    usage = CodeUsage(codebook_size, run.device)
+    usage.add(engine.all_reduce_sum(counts).sum(dim=1))
+    largest = counts.max(dim=1).values[usage.counts > 0] / usage.counts[usage.counts > 0]
+    return {"cosine_loss": loss / count, **usage.figures(), "bag_knn": hits / count,
+            "one_class": (largest >= 0.5).double().mean().item()}
 
 
 def bag_of_codes(ids: Tensor, codebook_size: int) -> Tensor:

@@ -728,18 +728,19 @@ def report(config) -> Path:
 # title of a column, the stages that may have measured it (the first one that has), its name there, its unit
 FIGURES = (("cosine loss", ("tokenizer",), "cosine_loss", 1), ("perplexity", ("tokenizer",), "perplexity", 1),
            ("bag of codes, k-NN %", ("tokenizer",), "bag_knn", 100),
+           ("codes of one class %", ("tokenizer",), "one_class", 100),
            ("k-NN [CLS] %", ("knn", "pretrain"), ("cls", "knn_cls"), 100),
            ("k-NN mean %", ("knn", "pretrain"), ("mean", "knn_mean"), 100),
            ("probe [CLS] %", ("linear_probe",), "cls", 100), ("probe mean %", ("linear_probe",), "mean", 100),
            ("fine-tuning %", ("finetune",), "top1", 100), ("scratch %", ("finetune_scratch",), "top1", 100))
 
 
-def figures_of(folder: Path) -> dict[str, float]:
-    """The last value of each of FIGURES that a run has measured, by title."""
+def figures_of(folder: Path, suffix: str = "") -> dict[str, float]:
+    """The last value of each of FIGURES that a run has measured, by title; "_scratch": with an untrained backbone."""
     found = {}
     for title, stages, names, unit in FIGURES:
         for stage, name in zip(stages, [names] if isinstance(names, str) else names):
-            value = finetune.last_figure(folder / stage, name)
+            value = finetune.last_figure(folder / f"{stage}{suffix}", name)
             if value is not None and title not in found:
                 found[title] = unit * value
     return found

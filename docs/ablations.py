@@ -8,7 +8,6 @@ Stopped with Ctrl-C, it goes on with the same command. A run writes into runs/ab
 and is left alone once it has ended. Further arguments go to every script.
 """
 
-import statistics
 import sys
 from pathlib import Path
 
@@ -96,7 +95,8 @@ def print_tables() -> None:
     """Means over the seeds that have been run, and standard deviations where there are two or more."""
     for block, rows, stages, seeds in BLOCKS:
         wanted = [title for title, where, *_ in visualize.FIGURES if ("tokenizer" in where) == (not stages)]
-        figures = {title: [visualize.figures_of(FOLDER / f"{name}-{seed}") for seed in SEEDS] for title, name, _ in rows}
+        figures = {title: [visualize.figures_of(FOLDER / f"{name}-{seed}", "_scratch" if name == "none" else "")
+                           for seed in seeds] for title, name, _ in rows}
         figures = {title: [run for run in runs if any(key in run for key in wanted)] for title, runs in figures.items()}
         titles = [title for title in wanted if any(title in run for runs in figures.values() for run in runs)]
         table = [[block.lower(), "seeds", *titles]]

@@ -296,4 +296,7 @@ def test_the_bag_of_codes_tells_whether_codes_mean_anything():
 
     meaningful, empty = accuracy(lambda label: label + 3), accuracy(lambda label: 0 * label)
     assert meaningful["bag_knn"] == 1 and empty["bag_knn"] == 0.25
+    assert meaningful["one_class"] == 1 and empty["one_class"] == 0
+    assert accuracy(lambda label: label.clamp(min=1))["one_class"] == 1  # two classes share code 1, half and half
+    assert accuracy(lambda label: (label == 3).long())["one_class"] == 0.5  # three classes share code 0
     assert abs(meaningful["perplexity"] - 4) < 1e-6 and meaningful["cosine_loss"] == 0.5
