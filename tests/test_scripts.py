@@ -5,6 +5,7 @@ Runs are tiny and happen in this process wherever a process of its own is not th
 
 import errno
 import importlib
+import importlib.util
 import json
 import os
 import pickle
@@ -1324,3 +1325,45 @@ def test_tensorboard_gets_numbers_and_pictures(home, monkeypatch):
     lines = metrics(folder)
     assert ("step/loss", lines[0]["loss"], 2) in board and ("val/knn_cls", lines[-1]["val"]["knn_cls"], 16) in board
     assert [entry for entry in board if entry[0] == "masks and hits"] == [("masks and hits", (64, 64, 3), step) for step in (8, 16)]
+
+
+# -- The ablations ------------------------------------------------------------------------------------------------
+
+
+def test_the_ablations_run_each_row_once_and_print_its_figures(home, monkeypatch, capsys):
+    """Stopped in the middle, the same command goes on; a row that leaves stage 1 alone takes the default's tokenizer."""
+    spec = importlib.util.spec_from_file_location("ablations", CODE / "docs/ablations.py")
+    ablations = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ablations)
+    monkeypatch.setattr(ablations, "CONFIG", str(home / "tiny.yaml"))
+    monkeypatch.setattr(ablations, "FOLDER", home / "ablations")
+    rows = [row for row in ablations.TARGETS if row[1] in ("default", "pixels", "none")] + [ablations.AGGREGATION[1]]
+    monkeypatch.setattr(ablations, "BLOCKS", [("Tiny", rows, [ablations.KNN, ablations.PROBE], (0, 1)),
+                                              ("Words", ablations.CODEBOOK[:2], [], (0,))])
+    whole, started = pretrain.main, []
+
+    def interrupted():
+        started.append(sys.argv)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        whole()
+
+    monkeypatch.setattr(pretrain, "main", interrupted)
+    monkeypatch.setattr(sys, "argv", ["ablations.py"])
+    with pytest.raises(KeyboardInterrupt):
+        ablations.main()
+    before = (home / "ablations/default-0/pretrain/metrics.jsonl").stat().st_mtime_ns
+    monkeypatch.setattr(sys, "argv", ["ablations.py"])
+    ablations.main()
+    assert (home / "ablations/default-0/pretrain/metrics.jsonl").stat().st_mtime_ns == before
+    assert len(started) == 7  # default, pixels and no head with two seeds, and the one that was interrupted
+    from_default = f"pretrain.tokenizer_weights={home}/ablations/default-1/tokenizer/last.pt"
+    assert [from_default in arguments for arguments in started[-2:]] == [False, True]
+    assert "pretrain.head_layers=0" in started[-1] and "tokenizer.teacher=pixels" in started[-2]
+
+    tables = capsys.readouterr().out.split("\n\n")[-2:]
+    found = [finetune.last_figure(home / f"ablations/default-{seed}/pretrain", "knn_cls") for seed in (0, 1)]
+    row = next(line for line in tables[0].splitlines() if "default" in line)
+    assert f"| 2 | {100 * sum(found) / 2:.1f} ± " in row
+    scratch = finetune.last_figure(home / "ablations/none-0/linear_probe_scratch", "cls")
+    assert scratch is not None and "nothing" in tables[0] and "cosine loss" in tables[1] and "K = 64" in tables[1]
