@@ -116,7 +116,7 @@ def refusal(script: str, home: Path, output: str, *changes: str) -> str:
 def torchrun(processes: int, *command: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
                            *map(str, command)], cwd=CODE, env=os.environ | environment, capture_output=True, text=True,
-                          timeout=120)
+                          timeout=300)
 
 
 def metrics(stage: Path) -> list[dict]:
