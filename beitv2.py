@@ -570,9 +570,10 @@ class MaskedImageModel(VisionTransformer):
     def aggregate(self, last: Tensor, early: Tensor, masked: Tensor, position_bias: Tensor | None) -> Tensor:
         """Patch aggregation (Figure 3 of the paper): predict the codes again, from the final [CLS] and early patches.
 
-        last, early     tokens [B, T, D] after the last block, and after block `early_layers`; neither is normed
+        last, early     tokens [B, T, D] after the last block, and after block `early_layers`; neither is normed, and
+                        neither gets a norm before the head: the only norm is the one before the output layer
         masked          int64 [B, M]
-        position_bias   the bias of the shared table, which the head's blocks use too
+        position_bias   the bias of the shared table, or None for none; the head's blocks get it as it is
         returns         logits [B, M, K]
         """
         # Prediction 2. The final [CLS] takes the place of the early one, in front of the early patch tokens: [B, T, D].

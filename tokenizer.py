@@ -33,7 +33,7 @@ import engine
 import finetune
 from beitv2 import (SIZES, ModelConfig, ModelError, VisionTransformer, dimensions, init_weights, load_pretrained,
                     model_state, read_checkpoint, read_model)
-from engine import Amount, Beta, Count, Share, UserError
+from engine import Amount, Beta, Count, Natural, Share, UserError
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -71,6 +71,7 @@ class TokenizerConfig(engine.TrainConfig):
     mean_start: bool = False  # start with a decoder that gives the teacher's mean feature; short runs want it
     revive_below: Amount = 0.0  # a code whose running count of hits per step falls below this starts anew; 0: never
     crop_scale: tuple[Share, Share] = (0.08, 1.0)  # area of the random crop over that of the image
+    knn_images: Natural = 2000  # training images, evenly chosen, that bag_knn compares with; 0: no bag_knn
 
 
 SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "tokenizer": TokenizerConfig}
@@ -620,7 +621,7 @@ def train(config) -> None:
     if cfg.encoder == "teacher":
         model = build_teacher_tokenizer(config, teacher).to(run.device)
         cluster_features(run, model, loader)
-        val = evaluate(run, model, teacher, val_loader, bank_loader)
+        val = evaluate(run, model, teacher, val_loader, bank_loader, len(val_set.classes))
         run.save_model("last.pt", nn.ModuleDict({"quantize": model.quantize}), val)
         run.write_alone(val)
         return
@@ -663,7 +664,7 @@ def train(config) -> None:
         # Is the codebook alive, and do its codes mean anything? The loss alone does not tell.
         train_usage = usage.figures()
         usage.counts.zero_()
-        val = evaluate(run, model, teacher, val_loader, bank_loader)
+        val = evaluate(run, model, teacher, val_loader, bank_loader, len(val_set.classes))
         check_collapse(train_usage["perplexity"], epoch, cfg)  # before this epoch is saved, and counts as done
         run.end_epoch(epoch, train=train_usage, val=val)
     run.finish()
@@ -758,7 +759,8 @@ def start_from_first_batch(run: engine.Run, model: VQKD, teacher: nn.Module) -> 
 
 
 @torch.no_grad()
-def evaluate(run: engine.Run, model: VQKD | TeacherTokenizer, teacher: nn.Module, loader, bank_loader) -> dict:
+def evaluate(run: engine.Run, model: VQKD | TeacherTokenizer, teacher: nn.Module, loader, bank_loader,
+             classes: int) -> dict:
     """Figures of the validation images, each counted once: cosine loss, usage, perplexity, bag_knn, and one_class.
 
     bag_knn is the one that says whether codes mean anything. An image becomes the bag of its codes, without their
@@ -769,15 +771,15 @@ def evaluate(run: engine.Run, model: VQKD | TeacherTokenizer, teacher: nn.Module
     model.eval()
     codebook_size = model.quantize.embedding.num_embeddings
     bank, bank_labels = [], []
-    for batch in bank_loader:
+    for batch in bank_loader or ():
         with run.autocast():
             ids = model.token_ids(data.to_unit(batch["image"].to(run.device, non_blocking=True)))
         bank.append(bag_of_codes(ids, codebook_size))
         bank_labels.append(batch["label"].to(run.device))
-    bank, bank_labels = (engine.gather_in_order(torch.cat(part), len(bank_loader.chosen))
-                         for part in (bank, bank_labels))
+    if bank_loader:
+        bank, bank_labels = (engine.gather_in_order(torch.cat(part), len(bank_loader.chosen))
+                             for part in (bank, bank_labels))
 
-    classes = int(bank_labels.max()) + 1
     counts = torch.zeros(codebook_size, classes, dtype=torch.float64, device=run.device)  # patches of a code in a class
     sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # of the losses, of the k-NN's hits, of images
     for batch in loader:
@@ -785,7 +787,9 @@ def evaluate(run: engine.Run, model: VQKD | TeacherTokenizer, teacher: nn.Module
         images = data.to_unit(batch["image"])
         with run.autocast():
             cosine_loss, _, ids = model(images, features_of(teacher, batch))
-        accuracy = finetune.knn_accuracy(bank, bank_labels, bag_of_codes(ids, codebook_size), batch["label"])
+        accuracy = 0.0
+        if bank_loader:
+            accuracy = finetune.knn_accuracy(bank, bank_labels, bag_of_codes(ids, codebook_size), batch["label"])
         sums += torch.tensor([cosine_loss.item(), accuracy, 1.0], device=run.device) * len(images)
         places = ids * classes + batch["label"][:, None]  # a code and a class as one number
         counts += places.flatten().bincount(minlength=codebook_size * classes).view_as(counts)
@@ -793,8 +797,8 @@ def evaluate(run: engine.Run, model: VQKD | TeacherTokenizer, teacher: nn.Module
     usage = CodeUsage(codebook_size, run.device)
     usage.add(engine.all_reduce_sum(counts).sum(dim=1))
     largest = counts.max(dim=1).values[usage.counts > 0] / usage.counts[usage.counts > 0]
-    return {"cosine_loss": loss / count, **usage.figures(), "bag_knn": hits / count,
-            "one_class": (largest >= 0.5).double().mean().item()}
+    figures = {"cosine_loss": loss / count, **usage.figures(), "one_class": (largest >= 0.5).double().mean().item()}
+    return figures | ({"bag_knn": hits / count} if bank_loader else {})
 
 
 def bag_of_codes(ids: Tensor, codebook_size: int) -> Tensor:
@@ -803,14 +807,14 @@ def bag_of_codes(ids: Tensor, codebook_size: int) -> Tensor:
     return torch.zeros(len(ids), codebook_size, device=ids.device).scatter_add_(1, ids, ones).sqrt()
 
 
-def open_bank(run: engine.Run, train_set) -> data.ValLoader:
-    """Evenly chosen training images, cropped as for validation, that bag_knn compares with."""
-    chosen = torch.linspace(0, len(train_set) - 1, min(BANK_IMAGES, len(train_set))).long().tolist()
+def open_bank(run: engine.Run, train_set) -> data.ValLoader | None:
+    """Evenly chosen training images, cropped as for validation, that bag_knn compares with; None without bag_knn."""
+    if not run.config.tokenizer.knn_images:
+        return None
+    images = min(run.config.tokenizer.knn_images, len(train_set))
+    chosen = torch.linspace(0, len(train_set) - 1, images).long().tolist()
     view = data.ValView(train_set, run.config.data.image_size, strict=False)
     return data.ValLoader(view, run.device_batch, workers=run.config.data.workers, indices=chosen)
-
-
-BANK_IMAGES = 2000
 
 
 def check_collapse(train_perplexity: float, epoch: int, cfg: TokenizerConfig) -> None:

@@ -129,7 +129,8 @@ def swap(run: str) -> None:
         masked = beitv2.masked_positions(mask, cfg.num_masked)
         codes = tokenizer.token_ids(images).gather(1, masked)
         for name, change in changes.items():
-            model.aggregate = lambda last, *rest: aggregate(torch.cat([change(last[:, :1]), last[:, 1:]], dim=1), *rest)
+            model.aggregate = lambda last, *rest, **named: aggregate(
+                torch.cat([change(last[:, :1]), last[:, 1:]], dim=1), *rest, **named)
             loss, accuracy = pretrain.cross_entropy(model(data.normalize(images), masked)[1], codes)
             print(f"seed {seed}, the head with {name} [CLS]: loss {loss:.3f}, accuracy {accuracy:.1%}")
 

@@ -23,9 +23,10 @@ class MixingBlock(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.linear = nn.Linear(dim, dim)
-        self.biases = []  # the position bias of each call
+        self.inputs, self.biases = [], []  # tokens and position bias of each call
 
     def forward(self, x, position_bias=None):
+        self.inputs.append(x)
         self.biases.append(position_bias)
         return x + torch.tanh(self.linear(x + x.mean(dim=1, keepdim=True)))
 

@@ -167,13 +167,52 @@ def test_one_assignment_filled_in_gives_its_points_alone(filled, tmp_path, verdi
             assert verdict_on(tmp_path, number)["passed"] == 0
 
 
-@pytest.mark.parametrize("number", list(handout.ASSIGNMENTS)[:-1])
-def test_an_assignment_needs_nothing_of_later_ones(number, tmp_path):
-    """The student's own test command, in a copy where this assignment and those before it are solved."""
-    handout.write_copy(tmp_path, [later for later in handout.ASSIGNMENTS if later > number])
+def section_of(number: int) -> str:
+    return (CODE / "course/README.md").read_text().split(f"\n## {number}. ")[1].split("\n---\n")[0]
+
+
+def needs_of(number: int) -> tuple[list[str], set[int]]:
+    """What its section says: other assignments' functions that the tests need, and assignments of the experiment."""
+    tests, experiment = re.search(r"\nThe tests need (.*?);\s+the experiment needs (.*?)\.\n", section_of(number),
+                                  re.DOTALL).groups()
+    numbers = [int(n) for n in re.findall(r"\d", experiment)]
+    between = range(min(numbers), max(numbers) + 1) if " to " in experiment else numbers
+    return re.findall("`(.*?)`", tests), {*between, number}
+
+
+@pytest.mark.parametrize("number", handout.ASSIGNMENTS)
+def test_an_assignment_needs_nothing_but_what_its_section_names(number, tmp_path):
+    """The student's own test command, in a copy where this assignment is solved, and nothing else but that."""
+    handout.write_copy(tmp_path, [])
+    needed, experiment = needs_of(number)
+    assert max(experiment) == number
+    for other, assignment in handout.ASSIGNMENTS.items():
+        for file, names in assignment.functions.items():
+            assert other <= number or not set(needed) & set(names), "never of later ones"
+            source = (tmp_path / file).read_text()
+            blank = [name for name in names if other != number and name not in needed]
+            (tmp_path / file).write_text(handout.hollow(source, blank, other))
     command = [sys.executable, "-m", "pytest", "-q", "--strict-markers", f"tests/test_assignment{number}.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout
+
+
+def test_experiments_need_no_other_assignments_than_their_section_names(tmp_path):
+    """Of assignments 4 to 6, which need runs of each other: the first command of each script, on few images."""
+    few = ["data.train_images=64", "data.val_images=64", "tokenizer.epochs=1", "tokenizer.warmup_epochs=0",
+           "pretrain.epochs=1", "pretrain.warmup_epochs=0", "finetune.probe_epochs=1"]
+    (tmp_path / "runs").mkdir()
+    for number in (4, 5, 6):
+        folder = tmp_path / str(number)
+        handout.write_copy(folder, [other for other in handout.ASSIGNMENTS if other not in needs_of(number)[1]])
+        (folder / "runs").symlink_to(tmp_path / "runs")
+        commands = re.findall(r"^(torchrun|python) (\S+)(.*)$", section_of(number), re.MULTILINE)
+        first = {script: rest.split() + few * (how == "torchrun") for how, script, rest in reversed(commands)}
+        assert first
+        for script, arguments in reversed(first.items()):
+            done = subprocess.run([sys.executable, script, *arguments], cwd=folder, capture_output=True, text=True,
+                                  timeout=300)
+            assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("number", handout.ASSIGNMENTS)

@@ -275,7 +275,7 @@ def test_the_bag_of_codes_tells_whether_codes_mean_anything():
     """Codes that name an image's class give all of its neighbours that class; constant codes leave it to chance."""
     labels = torch.arange(40) % 4
 
-    def accuracy(code_of):
+    def accuracy(code_of, knn=True):
         class Model(torch.nn.Module):
             quantize = types.SimpleNamespace(embedding=types.SimpleNamespace(num_embeddings=8))
 
@@ -292,7 +292,7 @@ def test_the_bag_of_codes_tells_whether_codes_mean_anything():
         batches = Loader({"image": i, "label": l, "features": torch.zeros(len(l), 16, 2)}
                          for i, l in zip(images.split(7), labels.split(7)))
         run = types.SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext)
-        return vqkd.evaluate(run, Model(), None, batches, batches)
+        return vqkd.evaluate(run, Model(), None, batches, batches if knn else None, 4)
 
     meaningful, empty = accuracy(lambda label: label + 3), accuracy(lambda label: 0 * label)
     assert meaningful["bag_knn"] == 1 and empty["bag_knn"] == 0.25
@@ -300,3 +300,5 @@ def test_the_bag_of_codes_tells_whether_codes_mean_anything():
     assert accuracy(lambda label: label.clamp(min=1))["one_class"] == 1  # two classes share code 1, half and half
     assert accuracy(lambda label: (label == 3).long())["one_class"] == 0.5  # three classes share code 0
     assert abs(meaningful["perplexity"] - 4) < 1e-6 and meaningful["cosine_loss"] == 0.5
+    without = accuracy(lambda label: label + 3, knn=False)
+    assert without == {name: value for name, value in meaningful.items() if name != "bag_knn"}
