@@ -114,6 +114,11 @@ class DropPath(nn.Module):
         return x * keep / (1 - self.rate)
 
 
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """The rate of each block, rising linearly from 0 at the first to `last`: early blocks feed all others."""
+    return [last * block / max(1, depth - 1) for block in range(depth)]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with a bias on queries and values and, optionally, on relative positions.
 
@@ -293,7 +298,7 @@ class VisionTransformer(nn.Module):
     rel_pos_bias     "shared": one bias table for all blocks; "per_block": one for each; None: no bias
     layer_scale      initial value of gamma_1 and gamma_2, 0 for none
     init_std         standard deviation of the initial weights, see init_weights
-    drop_path        rate of the last block, rising linearly from 0 at the first: early blocks feed all others
+    drop_path        rate of the last block, see drop_path_rates
     final_norm       False for models that bring a norm of their own (`fc_norm`)
     pre_norm, quick_gelu, norm_eps, num_registers     what CLIP and DINOv2 have, and BEiT does not
     """
@@ -338,7 +343,7 @@ class VisionTransformer(nn.Module):
         self.block_options = dict(dim=embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio, layer_scale=layer_scale,
                                   norm_eps=norm_eps, quick_gelu=quick_gelu,
                                   num_relative_positions=num_positions if rel_pos_bias == "per_block" else 0)
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = drop_path_rates(drop_path, depth)
         self.blocks = nn.ModuleList(Block(drop_path=rate, **self.block_options) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps) if final_norm else nn.Identity()
 
@@ -528,7 +533,7 @@ class MaskedImageModel(VisionTransformer):
         # The head's layers are made after init_weights has run. So their linear layers keep PyTorch's default init, as
         # in the published code. The head continues from the early patches, as blocks l+1, l+2, ... do. So its layers
         # have the drop path rates of these blocks, and their branches are divided by the same numbers.
-        rates = torch.linspace(0, drop_path, max(self.depth, early_layers + head_layers)).tolist()
+        rates = drop_path_rates(drop_path, max(self.depth, early_layers + head_layers))
         self.cls_pt_layers = nn.ModuleList()
         for layer in range(1, head_layers + 1):
             block = Block(drop_path=rates[early_layers + layer - 1], **self.block_options)

@@ -23,6 +23,7 @@ Writes metrics.jsonl into OUTPUT_DIR/MODE/, or into OUTPUT_DIR/MODE_scratch/ for
 write last.pt there too, and fine-tuning also best.pt.
 """
 
+import copy
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,6 @@ from typing import Any, Callable, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
 import data
@@ -120,7 +120,8 @@ def finetune(config) -> None:
     #     rate      5e-4            3.3e-4     2.1e-4     2.5e-5    2.8e-6    1.8e-6
     #
     optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay, cfg.layer_decay), cfg)
-    average = moving_average(model, cfg.ema_decay) if cfg.ema_decay else None
+    # A moving average often does better than the last weights, which still jump with each batch. It is never trained.
+    average = copy.deepcopy(model).requires_grad_(False) if cfg.ema_decay else None
 
     view = data.TrainView(train_set, config.seed, size, cfg.crop_scale, rand_augment=cfg.rand_augment, erase=cfg.erase)
     loader = data.TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
@@ -160,10 +161,9 @@ def finetune(config) -> None:
                 run.record(loss=loss, accuracy=(logits.argmax(dim=1) == main_label).float().mean())
             run.optimizer_step(optimizer)
             if average:
-                average.update_parameters(model)
+                update_average(average, model, cfg.ema_decay)
 
-        # A moving average of the weights often does better than the last weights, which still jump with each batch.
-        evaluated = average.module if average else model
+        evaluated = average or model
         figures = evaluate(run, evaluated, val_loader)
         if figures["top1"] > run.best:
             run.best = figures["top1"]
@@ -172,11 +172,15 @@ def finetune(config) -> None:
     run.finish()
 
 
-def moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights, as its `module`: evaluated instead of the model, never trained."""
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
-    average.n_averaged.fill_(1)  # the weights before the first step count too; AveragedModel would replace them
-    return average
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move the exponential moving average of the weights: average <- decay * average + (1 - decay) * weights.
+
+    The weights before the first step count too. (PyTorch's AveragedModel replaces them. To know whether a step is the
+    first, it reads a counter from the device, so that the host has to wait in every step.)
+    """
+    for mean, weight in zip(average.parameters(), model.parameters()):
+        mean.lerp_(weight, 1 - decay)
 
 
 def batch_mixer(cfg: FinetuneConfig, num_classes: int):
@@ -369,7 +373,8 @@ def linear_probe(config) -> None:
     # Each learning rate has one group: the head on [CLS] and the one on the mean patch.
     groups = [dict(params=[*cls.parameters(), *mean.parameters()], lr_scale=lr)
               for cls, mean, lr in zip(probes.heads["cls"], probes.heads["mean"], cfg.probe_lrs)]
-    optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
+    # `fused`: with fp16, the device itself decides whether to skip a step. Else the host would wait for the answer.
+    optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, fused=True)
 
     view = data.TrainView(train_set, config.seed, config.data.image_size, cfg.crop_scale, views=config.data.views)
     if data.cache_folder(config):

@@ -16,18 +16,15 @@ import finetune  # noqa: E402
 
 
 def test_mean_of_weights():
-    model = nn.Linear(2, 1)
-    mean = finetune.moving_average(model, decay=0.75)
+    model, mean = nn.Linear(2, 1), nn.Linear(2, 1).requires_grad_(False)
+    mean.load_state_dict(model.state_dict())
     first = model.weight.detach().clone()
     with torch.no_grad():
         model.weight.add_(4)
-    mean.update_parameters(model)
-    assert torch.allclose(mean.module.weight, first + 1) and not mean.module.weight.requires_grad
-    mean.update_parameters(model)
-    assert torch.allclose(mean.module.weight, first + 1.75)
-    other = finetune.moving_average(nn.Linear(2, 1), decay=0.75)
-    other.load_state_dict(mean.state_dict())
-    assert torch.equal(other.module.weight, mean.module.weight)
+    finetune.update_average(mean, model, decay=0.75)
+    assert torch.allclose(mean.weight, first + 1) and torch.equal(model.weight, first + 4)
+    finetune.update_average(mean, model, decay=0.75)
+    assert torch.allclose(mean.weight, first + 1.75)
 
 
 @pytest.mark.parametrize("k, bank_size", [(1, 50), (7, 50), (20, 12)])
