@@ -830,7 +830,8 @@ def open_bank(run: engine.Run, train_set) -> data.ValLoader | None:
 
 def check_collapse(train_perplexity: float, epoch: int, cfg: TokenizerConfig) -> None:
     """End a run whose codes have fallen together: whatever it would learn from here on is worth nothing."""
-    if epoch + 1 >= cfg.warmup_epochs and train_perplexity < max(2, 0.02 * cfg.codebook_size):
+    fewest = max(0.02 * cfg.codebook_size, min(3, cfg.codebook_size / 2))
+    if epoch + 1 >= cfg.warmup_epochs and train_perplexity < fewest:
         raise UserError(f"the codebook has collapsed: of {cfg.codebook_size} codes about {train_perplexity:.0f} are in "
                         f"use after epoch {epoch + 1}: start anew in another output_dir, with "
                         f"tokenizer.revive_below=0.1, tokenizer.ema_decay=0.95, a lower tokenizer.lr or a longer "
