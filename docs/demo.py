@@ -18,18 +18,18 @@ import tokenizer  # noqa: E402
 import visualize  # noqa: E402
 from beitv2 import ModelError  # noqa: E402
 
-# What is done, by which script with which options, and its share of the time.
+# What is done, by which script with which options, and its share of the time in per cent.
 STEPS = [
-    ("tokenizer: learn the words", tokenizer, [], 20),
-    ("pre-training: predict the words of what is hidden", pretrain, [], 50),
-    ("k-NN, untrained", finetune, ["finetune.mode=knn", "finetune.weights=none"], 2),
-    ("k-NN, pre-trained", finetune, ["finetune.mode=knn"], 2),
-    ("linear probe, untrained", finetune, ["finetune.mode=linear_probe", "finetune.weights=none"], 4),
-    ("linear probe, pre-trained", finetune, ["finetune.mode=linear_probe"], 4),
-    ("fine-tuning, untrained", finetune, ["finetune.weights=none"], 8),
-    ("fine-tuning, pre-trained", finetune, [], 8),
+    ("tokenizer: learn the words", tokenizer, [], 11),
+    ("pre-training: predict the words of what is hidden", pretrain, [], 47),
+    ("k-NN, untrained", finetune, ["finetune.mode=knn", "finetune.weights=none"], 1),
+    ("k-NN, pre-trained", finetune, ["finetune.mode=knn"], 1),
+    ("linear probe, untrained", finetune, ["finetune.mode=linear_probe", "finetune.weights=none"], 5),
+    ("linear probe, pre-trained", finetune, ["finetune.mode=linear_probe"], 5),
+    ("fine-tuning, untrained", finetune, ["finetune.weights=none"], 14),
+    ("fine-tuning, pre-trained", finetune, [], 15),
     ("results", finetune, ["finetune.mode=report"], 0),
-    ("pictures of what was learned, on one page", visualize, ["visualize.decoder_steps=0"], 2),
+    ("pictures of what was learned, on one page", visualize, ["visualize.decoder_steps=0"], 1),
 ]
 
 
