@@ -125,6 +125,8 @@ class FakeGPU(FakeTensorMode):
         if function is torch.ops.aten._to_copy.default and self.in_step:
             assert not (from_gpu and target == "cpu"), "a step copies a tensor from the GPU, and waits for it"
             assert from_gpu or options.get("non_blocking"), "a step copies a tensor to the GPU, and waits for it"
+        if function is torch.ops.aten.copy_.default and self.in_step:
+            assert len({value.device for value in tensors}) == 1, "a step copies between the devices, and waits for it"
         return super().__torch_dispatch__(function, types, arguments, options)
 
 
@@ -202,8 +204,8 @@ RECIPES = [("base", "tokenizer"), ("base", "pretrain"), ("base", "finetune"), ("
            ("large", "finetune")]
 
 
-def recipe(name: str, *changes: str):
-    return engine.load_config(memory.SECTIONS, [str(CODE / f"configs/{name}.yaml"), *changes])
+def recipe(name: str):
+    return engine.load_config(memory.SECTIONS, [str(CODE / f"configs/{name}.yaml")])
 
 
 @pytest.mark.parametrize("name, script", RECIPES)
