@@ -791,7 +791,7 @@ CACHE_BATCH = 128  # images of one pass through a frozen network that fills a ca
 
 
 class FixedCrops(Dataset):
-    """All crops of a TrainView with `views` > 0, one after the other."""
+    """All crops of a TrainView with `views` > 0, one after the other. They are the same for every seed."""
 
     def __init__(self, view: TrainView):
         self.view = view
@@ -813,7 +813,7 @@ class Cache:
     cache[row] is the value of one image, a tensor of this `shape` on the CPU.
 
     folder   FOLDER/NAME-DIGEST receives values.npy, done.npy and about.json. The digest is that of `about`, of the
-             number of images and of some of their pixels: other images, crops, seeds, sizes or networks have another.
+             number of images and of some of their pixels: other images, crops, sizes or networks have another.
     images   Dataset of {"image": uint8 [3, S, S]}
     about    what else the values depend on, in plain values
     shape    of one value; dtype: numpy's name of its type
