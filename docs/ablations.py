@@ -107,7 +107,11 @@ def print_tables() -> None:
 
 def main() -> None:
     arguments = sys.argv[1:]
-    chosen = [int(seed) for a in arguments if a.startswith("seeds=") for seed in a.partition("=")[2].split(",")] or SEEDS
+    named = [seed for a in arguments if a.startswith("seeds=") for seed in a.partition("=")[2].split(",")]
+    if unknown := set(named) - set(map(str, SEEDS)):
+        raise engine.UserError(f"seeds={','.join(sorted(unknown))}: the seeds are {', '.join(map(str, SEEDS))}, such as "
+                               f"seeds=0,2")
+    chosen = [int(seed) for seed in named] or SEEDS
     rest = [a for a in arguments if not a.startswith("seeds=") and a != "tables"]
     if "tables" not in arguments:
         for _, rows, stages, seeds in BLOCKS:

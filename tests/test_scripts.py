@@ -1362,6 +1362,9 @@ def test_the_ablations_run_each_row_once_and_print_its_figures(home, monkeypatch
     assert "pretrain.head_layers=0" in started[-1] and "tokenizer.teacher=pixels" in started[-2]
 
     tables = capsys.readouterr().out.split("\n\n")[-2:]
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "seeds=1,x"])
+    with pytest.raises(UserError, match="seeds=x: the seeds are 0, 1, 2"):
+        ablations.main()
     found = [finetune.last_figure(home / f"ablations/default-{seed}/pretrain", "knn_cls") for seed in (0, 1)]
     row = next(line for line in tables[0].splitlines() if "default" in line)
     assert f"| 2 | {100 * sum(found) / 2:.1f} ± " in row
