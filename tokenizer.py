@@ -327,8 +327,8 @@ class Quantizer(nn.Module):
         self.register_buffer("counts", torch.zeros(codebook_size), persistent=False)  # hits since the last update
         self.register_buffer("sums", torch.zeros(codebook_size, codebook_dim), persistent=False)  # and what hit
         self.seen: list[Tensor] = []  # z of each batch since the last update, candidates for dead codes' places
+        self.latest: Tensor | None = None  # z of the last batch, for `remember`
 
-    @torch.compiler.disable  # its bookkeeping is no graph
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Replace each vector by its nearest code.
 
@@ -358,7 +358,17 @@ class Quantizer(nn.Module):
         self.counts.index_add_(0, ids.flatten(), torch.ones_like(ids.flatten(), dtype=torch.float32))
         self.sums.index_add_(0, ids.flatten(), z.flatten(0, 1))
         if self.revive_below:
-            self.seen.append(z)
+            self.latest = z
+
+    def remember(self) -> None:
+        """After each forward pass of a step: keep its vectors, among which `update` finds places for dead codes.
+
+        `count` does not append to the list itself, because it is a part of the compiled forward pass. Tensors that
+        change are no trouble there. But the length of a list is fixed in a compiled graph, so each micro-batch of a
+        step would have to be compiled anew.
+        """
+        if self.revive_below:
+            self.seen.append(self.latest)
 
     @torch.no_grad()
     def update(self, seed: int) -> Tensor:
@@ -650,6 +660,7 @@ def train(config) -> None:
                     # 3. Encode, choose codes, decode, compare (VQKD.forward). The forward pass also counts which
                     #    vectors chose which code.
                     cosine_loss, commitment_loss, _ = parallel(images, features)
+                    model.quantize.remember()  # the vectors, in case that dead codes need a new place
                     loss = cosine_loss + commitment_loss  # equation 2, as a loss
                 run.backward(loss)
                 run.record(loss=loss, cosine_loss=cosine_loss, commitment_loss=commitment_loss)

@@ -97,6 +97,7 @@ def quantizer(codes: int = 64, dim: int = 16, steps: int = 300) -> None:
                 q.init_from(first, seed)
             for step in range(steps):
                 q(draw(512)[None])
+                q.remember()
                 q.update(seed=step)
             q.eval()
             ids, loss = q(test[None])[1:]

@@ -171,6 +171,7 @@ def test_dead_codes_return_on_vectors_of_the_batch_and_living_ones_stay():
     z = torch.tensor([[-1.0, 0.1, 0, 0], [-1.0, 0, 0.1, 0]]).expand(1, 2, 4)
     for step in range(2):  # an unhit code's count falls from 1 to .5 to .25
         q(z)
+        q.remember()
         dead = q.running_count.clone() * 0.5 + 0.5 * q.counts < 0.3
         before = q.embedding.weight.clone()
         q.update(seed=step)
