@@ -327,14 +327,15 @@ class Quantizer(nn.Module):
         self.register_buffer("running_count", torch.ones(codebook_size))
         self.register_buffer("counts", torch.zeros(codebook_size), persistent=False)  # hits since the last update
         self.register_buffer("sums", torch.zeros(codebook_size, codebook_dim), persistent=False)  # and what hit
-        self.seen: list[Tensor] = []  # z of each batch since the last update, candidates for dead codes' places
-        self.latest: Tensor | None = None  # z of the last batch, for `remember`
+        self.seen: list[Tensor] = []  # l2(z) [B, N, D] of each batch since the last update, to revive dead codes from
+        self.latest: Tensor | None = None  # l2(z) [B, N, D] of the last batch, for `remember`
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Replace each vector by its nearest code.
 
         z        [B, N, D], any length
-        returns  codes [B, N, D] that pass their gradient straight through to z; ids int64 [B, N]; commitment loss
+        returns  codes float32 [B, N, D] whose gradient is handed to l2(z) as it is; ids int64 [B, N]; commitment loss,
+                 commitment_beta included
         """
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=-1)  # [B, N, D], on the unit sphere
@@ -355,7 +356,10 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def count(self, z: Tensor, ids: Tensor) -> None:
-        """Add up what hit each code: K sums instead of the published code's N x K one-hot matrix."""
+        """Add what hit each code to `counts` and `sums`; if `revive_below` > 0, keep z as `latest`.
+
+        z is l2(z), detached, [B, N, D]; ids [B, N]. The published code builds an N x K one-hot matrix instead.
+        """
         self.counts.index_add_(0, ids.flatten(), torch.ones_like(ids.flatten(), dtype=torch.float32))
         self.sums.index_add_(0, ids.flatten(), z.flatten(0, 1))
         if self.revive_below:
@@ -377,7 +381,7 @@ class Quantizer(nn.Module):
 
         w <- normalize(decay * w + (1 - decay) * normalize(mean)); codes without a hit stay where they are.
         Then codes whose running count fell below `revive_below` are put on random vectors of this batch; `seed`
-        makes all ranks choose alike. Returns the hits of each code in this step, [K].
+        makes all ranks choose alike. Returns the hits of each code in this step, [K], a copy.
         """
         # For this step ranks exchange K counts and K sums of vectors. Sums can be added over ranks, so one process and
         # many give the same codes, up to rounding. (A mean of the ranks' means would weigh a rank with one hit like one
@@ -407,7 +411,9 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def init_from(self, z: Tensor, seed: int, iterations: int = 10) -> None:
-        """k-means on the sphere over the vectors z [n, D], in the same global order on every rank.
+        """k-means on the sphere over the vectors z, in the same global order on every rank.
+
+        z [n, D], of any length, is scaled to length 1 first, in float32.
 
         Random codes would lie anywhere on the sphere. But the vectors of an untrained encoder lie in one small region
         of it, so nearly all would choose the same few codes. k-means puts the codes where the vectors are.
@@ -459,7 +465,10 @@ class CodeUsage:
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """exp(entropy) of the distribution that the counts [K] describe: K if all are equal, 1 if one has everything."""
+    """exp(entropy) of the distribution that the counts describe: K if all are equal, 1 if one has everything.
+
+    counts [K], integer or float; codes without hits add nothing (0 log 0 = 0).
+    """
     p = counts / counts.sum().clamp(min=1)
     return torch.special.entr(p).sum().exp()
 

@@ -64,17 +64,27 @@ def test_forward_returns_the_nearest_codes_of_the_direction_of_z(monkeypatch):
         return (z @ codebook.T).argmax(dim=1)
 
     monkeypatch.setattr(vqkd, "nearest_code", nearest)
-    z = torch.randn(2, 3, 4) * 5
-    codes, ids, _ = q(z)
-    assert ids.shape == (2, 3) and codes.shape == (2, 3, 4), \
-        f"for z [2, 3, 4] the codes should be [2, 3, 4] and ids [2, 3], but are {list(codes.shape)} and " \
-        f"{list(ids.shape)}"
-    lengths = seen[0].norm(dim=-1)
+    for images in (1, 2):  # ids [3] instead of [1, 3] raise no error on the way to this message; [6] and [2, 3] would
+        z = torch.randn(images, 3, 4) * 5
+        codes, ids, _ = q(z)
+        assert ids.shape == (images, 3) and codes.shape == (images, 3, 4), \
+            f"for z [{images}, 3, 4] the codes should be [{images}, 3, 4] and ids [{images}, 3], but are " \
+            f"{list(codes.shape)} and {list(ids.shape)}: nearest_code returns a flat list of ids"
+    lengths = seen[-1].norm(dim=-1)
     assert torch.allclose(lengths, torch.ones(6), atol=1e-5), \
         "z should have length 1 before its nearest code is looked for (equation 1), but has up to " \
         f"{lengths.max():.2f}: is the l2 normalisation missing?"
     assert torch.allclose(codes, q.embedding.weight[ids], atol=1e-5), \
         "the returned codes should be the rows `ids` of the codebook, but are not"
+
+
+def test_forward_is_float32_under_autocast():
+    q, z = quantizer(codes=512, dim=8).eval(), 0.1 * torch.randn(1, 200, 8)
+    ids = q(z)[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wrong = (q(z)[1] != ids).sum().item()
+    assert wrong == 0, \
+        f"under autocast {wrong} of 200 vectors get another code: is it turned off in forward, for float32 distances?"
 
 
 def test_the_gradient_passes_straight_through(monkeypatch):
@@ -90,21 +100,23 @@ def test_the_gradient_passes_straight_through(monkeypatch):
     F.normalize(same, dim=-1).backward(upstream)
     assert torch.allclose(z.grad, same.grad, atol=1e-5), \
         "the gradient of l2(z) should equal the gradient of the code, but differs by " \
-        f"{difference(z.grad, same.grad):.2g}: is the straight-through estimator missing?"
+        f"{difference(z.grad, same.grad):.2g}: is the straight-through estimator missing, or applied to z instead of " \
+        "l2(z)?"
 
 
 def test_the_commitment_loss_pulls_z_and_leaves_the_codes_alone(monkeypatch):
-    q = quantizer(commitment_beta=0.25).eval()
+    q = quantizer(commitment_beta=0.3).eval()  # not 1/D: a wrong mean should not look like a missing beta
     q.embedding.weight.requires_grad_(True)  # so that a gradient would show
     ids = torch.tensor([[3, 1, 1]])
     nearest_of(monkeypatch, ids)
     z = torch.randn(1, 3, 4, requires_grad=True)
     loss = q(z)[2]
-    expected = 0.25 * (F.normalize(z, dim=-1) - q.embedding.weight[ids]).square().mean()
+    expected = 0.3 * (F.normalize(z, dim=-1) - q.embedding.weight[ids]).square().mean()
     assert loss.shape == (), f"the commitment loss should be one number, but is {list(loss.shape)}"
     assert math.isclose(loss.item(), expected.item(), rel_tol=1e-4), \
         f"the commitment loss should be beta times the mean square of l2(z) - code, {expected.item():.4f}, but is " \
-        f"{loss.item():.4f}: a mean over all elements, times commitment_beta?"
+        f"{loss.item():.4f}, {loss / expected:.2f} times as much: a mean over all elements, times commitment_beta " \
+        "(here .3)?"
     assert loss.requires_grad, "the commitment loss should have a gradient for z, but has none: which side is detached?"
     pull, _ = torch.autograd.grad(loss, [z, q.embedding.weight], allow_unused=True)
     assert pull is not None and pull.abs().max() > 0, \
@@ -147,17 +159,31 @@ def hit(q: vqkd.Quantizer, z: torch.Tensor, ids: list[int]) -> None:
 
 def test_count_adds_up_hits_and_vectors():
     q = quantizer()
-    z = F.normalize(torch.randn(3, 4), dim=-1)
-    hit(q, z[:2], [3, 1])
-    hit(q, z[2:], [1])
-    assert q.counts.tolist() == [0, 2, 0, 1, 0, 0, 0, 0], \
-        f"after hits of codes 3, 1 and 1 `counts` should be [0, 2, 0, 1, 0, 0, 0, 0], but is {q.counts.tolist()}: do " \
-        "hits of two batches add up?"
+    z = F.normalize(torch.randn(4, 4), dim=-1)
+    hit(q, z[:3], [3, 1, 1])
+    hit(q, z[3:], [1])
+    assert q.counts.tolist() == [0, 3, 0, 1, 0, 0, 0, 0], \
+        "after hits of 3, 1, 1 in one batch and of 1 in the next `counts` should be [0, 3, 0, 1, 0, 0, 0, 0], but is " \
+        f"{q.counts.tolist()}: do hits add up, also when an id repeats inside a batch?"
     expected = torch.zeros(8, 4)
-    expected[3], expected[1] = z[0], z[1] + z[2]
+    expected[3], expected[1] = z[0], z[1:].sum(dim=0)
     assert torch.allclose(q.sums, expected, atol=1e-6), \
         "`sums` should hold the sum of the vectors that hit each code, but differs by " \
-        f"{difference(q.sums, expected):.2g}"
+        f"{difference(q.sums, expected):.2g}: do they add up, also when an id repeats inside a batch?"
+
+
+def test_count_keeps_the_vectors_if_codes_are_revived():
+    z = F.normalize(torch.randn(2, 3, 4), dim=-1)
+    q = quantizer(revive_below=0.5)
+    q.count(z, torch.tensor([[3, 1, 1], [0, 2, 1]]))
+    kept = q.latest
+    assert kept is not None, "with `revive_below` above 0 count should keep z as `latest`, but keeps nothing"
+    assert kept.shape == z.shape and torch.equal(kept, z), \
+        f"count should keep z [2, 3, 4] as it is as `latest`, but keeps {list(kept.shape)} or other values"
+    q = quantizer()
+    q.count(z, torch.tensor([[3, 1, 1], [0, 2, 1]]))
+    assert q.latest is None and not q.seen, \
+        "without revival (`revive_below` 0) count should keep no vectors: they would only fill the memory"
 
 
 def test_update_moves_codes_towards_the_mean_of_what_hit_them():
@@ -218,6 +244,91 @@ def test_dead_codes_start_anew_on_vectors_of_the_batch():
     assert not q.seen, "after update `seen` should be empty, but still holds vectors"
 
 
+def revival(seed: int, vectors: int = 8, global_seed: int = 0) -> torch.Tensor:
+    """Where eight dead codes go, if there are so many vectors in the batch."""
+    q = quantizer(codes=8, revive_below=0.5)
+    q.running_count[:] = 0.1
+    q.seen.append(batch_of(vectors))
+    torch.manual_seed(global_seed)
+    q.update(seed=seed)
+    return q.embedding.weight.detach()
+
+
+def batch_of(vectors: int, dim: int = 4) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return F.normalize(torch.randn(1, vectors, dim, generator=generator), dim=-1)
+
+
+def test_dead_codes_share_no_vector():
+    for seed in range(5):
+        different = len(revival(seed).unique(dim=0))
+        assert different == 8, \
+            f"eight dead codes and eight vectors: each code should get one of its own, but some share one and only " \
+            f"{different} are used"
+
+
+def test_revival_draws_by_its_seed_alone():
+    found = [revival(seed, vectors=100, global_seed=number) for number, seed in enumerate((0, 1, 2, 0))]
+    assert torch.equal(found[0], found[3]), \
+        "the same seed should revive codes on the same vectors, but does not: draw from a generator of your own"
+    assert not torch.equal(found[0], found[1]) or not torch.equal(found[0], found[2]), \
+        "different seeds should revive codes on different vectors, but seeds 0, 1 and 2 choose alike: is `seed` used?"
+
+
+def test_revival_looks_at_the_running_count_after_this_step():
+    q = quantizer(codes=2, revive_below=0.5, ema_decay=0.9)
+    q.running_count[:] = torch.tensor([0.52, 0.48])
+    q.counts[1] = 5.0
+    q.sums[1] = 5 * q.embedding.weight[1]
+    before, z = q.embedding.weight.clone(), batch_of(6)
+    q.seen.append(z)
+    q.update(seed=0)
+    moved = [not torch.allclose(new, old, atol=1e-4) for new, old in zip(q.embedding.weight, before)]
+    assert moved == [True, False], \
+        "with decay .9 and revive_below .5, a code whose running count falls from .52 to .468 should be revived, and " \
+        "one that rises from .48 to .93 should not: average running_count before you look for dead codes"
+
+
+# -- Several processes: the two functions of `engine` behave as if a second one took part -------------------------
+
+
+def test_update_adds_up_counts_and_sums_of_all_processes(monkeypatch):
+    q = quantizer(codes=4, ema_decay=0.9)
+    before, z = q.embedding.weight.clone(), batch_of(1)[0, 0]
+    q.counts[0], q.sums[0] = 2.0, 2 * z
+    # The other process has hit the next code, with the same vectors.
+    monkeypatch.setattr(vqkd.engine, "all_reduce_sum", lambda tensor: tensor.add_(tensor.roll(1, dims=0)))
+    hits = q.update(seed=0)
+    assert hits.tolist() == [2, 2, 0, 0], \
+        "with 2 hits of code 0 here and 2 of code 1 in another process update should count [2, 2, 0, 0], but counts " \
+        f"{hits.tolist()}: call engine.all_reduce_sum for `counts`"
+    for code in (0, 1):
+        assert torch.allclose(q.embedding.weight[code], F.normalize(0.9 * before[code] + 0.1 * z, dim=0), atol=1e-5), \
+            "a code that another process hit should follow its vectors, but does not: call engine.all_reduce_sum for " \
+            "`sums`"
+
+
+def test_dead_codes_may_take_the_vectors_of_all_processes(monkeypatch):
+    q, shapes = quantizer(codes=8, revive_below=0.5), []
+
+    def gather(tensor, total=None):
+        shapes.append(list(tensor.shape))
+        return torch.stack([tensor, -tensor], dim=1).flatten(0, 1)  # the other process has seen the opposite
+
+    monkeypatch.setattr(vqkd.engine, "gather_in_order", gather)
+    q.running_count[:] = 0.1
+    z = batch_of(4).view(2, 2, 4)  # two micro-batches of an image with two patches
+    q.seen += [z[:1], z[1:]]
+    q.update(seed=0)
+    assert shapes, "update should gather `seen` over all processes: call engine.gather_in_order"
+    assert all(len(shape) == 3 for shape in shapes), \
+        f"engine.gather_in_order should get the images as rows, [B, N, D], but gets {shapes[0]}: flatten afterwards"
+    distance = torch.cdist(torch.cat([z, -z]).flatten(0, 1), q.embedding.weight).min(dim=1).values.max()
+    assert distance < 1e-4, \
+        "eight dead codes should take the four vectors of this process and the four of another, but do not: is the " \
+        "result of engine.gather_in_order used?"
+
+
 # -- Quantizer.init_from ------------------------------------------------------------------------------------------
 
 
@@ -253,6 +364,14 @@ def test_k_means_codes_have_length_one_whatever_the_vectors():
     lengths = q.embedding.weight.norm(dim=1)
     assert torch.allclose(lengths, torch.ones(6), atol=1e-4), \
         f"after k-means the codes should have length 1, but have {lengths.min():.2f} to {lengths.max():.2f}"
+
+
+def test_k_means_averages_directions():
+    q = quantizer(codes=1, dim=2)
+    q.init_from(torch.tensor([[8.0, 0], [0, 1]]), seed=0)
+    assert torch.allclose(q.embedding.weight, torch.full((1, 2), 0.5**0.5), atol=1e-4), \
+        "the one code of the vectors [8, 0] and [0, 1] should be [.71, .71], whatever their lengths, but is " \
+        f"[{q.embedding.weight[0, 0]:.2f}, {q.embedding.weight[0, 1]:.2f}]: z needs l2 before k-means"
 
 
 def test_k_means_with_more_codes_than_different_vectors():
