@@ -7,10 +7,12 @@ written in course/mistakes/.
 import ast
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -53,7 +55,7 @@ def verdict_on(tmp_path_factory):
         order = dict(assignment=number, submission=str(folder), workplace=str(workplace), answer=str(answer), secret="")
         process = context.Process(target=run_tests.obey, args=(order,))
         process.start()
-        process.join(60)
+        process.join(120)
         return json.loads(answer.read_text())
     return judge
 
@@ -258,10 +260,20 @@ def with_mistake(folder: Path, number: int, mistake: dict) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def verdicts(request, tmp_path_factory, verdict_on):
+    """The verdicts on all mistakes that this session asks for, as many at a time as there are cores."""
+    asked = [item.callspec.params for item in request.session.items if "mistake" in getattr(item, "fixturenames", ())]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {(number, wrong["mistake"]): pool.submit(lambda number=number, wrong=wrong: verdict_on(
+            with_mistake(tmp_path_factory.mktemp("mistake"), number, wrong), number))
+            for number, wrong in ((params["number"], params["mistake"]) for params in asked)}
+
+
 @pytest.mark.parametrize("number, mistake", [pytest.param(number, mistake, id=f"{number}-{mistake['mistake'][:50]}")
                                              for number, mistakes in MISTAKES.items() for mistake in mistakes])
-def test_each_mistake_is_caught_and_its_message_says_why(number, mistake, tmp_path, verdict_on):
-    verdict = verdict_on(with_mistake(tmp_path, number, mistake), number)
+def test_each_mistake_is_caught_and_its_message_says_why(number, mistake, verdicts):
+    verdict = verdicts[number, mistake["mistake"]].result()
     assert verdict["passed"] < verdict["tests"], f"nobody notices: {mistake['mistake']}"
     assert any(words in verdict["says"] for words in mistake["caught"].split("|")), verdict["says"]
 
