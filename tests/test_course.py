@@ -263,7 +263,7 @@ def with_mistake(folder: Path, number: int, mistake: dict) -> Path:
 @pytest.fixture(scope="module")
 def verdicts(request, tmp_path_factory, verdict_on):
     """The verdicts on all mistakes that this session asks for, as many at a time as there are cores."""
-    asked = [item.callspec.params for item in request.session.items if "mistake" in getattr(item, "fixturenames", ())]
+    asked = [item.callspec.params for item in request.session.items if "verdicts" in getattr(item, "fixturenames", ())]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {(number, wrong["mistake"]): pool.submit(lambda number=number, wrong=wrong: verdict_on(
             with_mistake(tmp_path_factory.mktemp("mistake"), number, wrong), number))
