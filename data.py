@@ -546,7 +546,7 @@ class TrainView(SampleView):
         """With `views`: crop number `row` of the views * len(dataset), those of the first view first."""
         if row not in self.drawn:
             view, index = divmod(row, len(self))
-            sample = self.seeded(lambda: self.draw_crop(index), 0, view, index)
+            sample = self.seeded(lambda: self.draw_crop(index), 0, view, index)  # 0: the same crops for every seed
             if len(self.drawn) >= 2**30 // sample["image"].numel():
                 return sample
             self.drawn[row] = sample
