@@ -276,6 +276,15 @@ def test_precision_by_name(name, dtype):
     assert precision.scaler.is_enabled() == (name == "fp16")
 
 
+@pytest.mark.parametrize("name, fused", [("bf16", False), ("fp32", True)])
+def test_attention_on_a_cpu_is_fused_except_in_bf16_where_its_gradient_is_slow(name, fused):
+    precision = engine.Precision(name, torch.device("cpu"))
+    q = torch.randn(2, 3, 5, 8, dtype=precision.dtype, requires_grad=True)
+    attended = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert ("FlashAttention" in attended.grad_fn.name()) == fused
+    engine.Precision("fp32", torch.device("cpu"))  # the switch is the process's
+
+
 def test_cpu_has_bf16_survives_a_torch_without_the_question(monkeypatch):
     assert isinstance(start.cpu_has_bf16(), bool)
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
