@@ -93,15 +93,16 @@ def run_block(rows: list, stages: list, seeds: tuple[int, ...], arguments: list[
 
 def print_tables() -> None:
     """Means over the seeds that have been run, and standard deviations where there are two or more."""
-    for block, rows, stages, seeds in BLOCKS:
+    for block, rows, stages, _ in BLOCKS:
         wanted = [title for title, where, *_ in visualize.FIGURES if ("tokenizer" in where) == (not stages)]
         figures = {title: [visualize.figures_of(FOLDER / f"{name}-{seed}", "_scratch" if name == "none" else "")
-                           for seed in seeds] for title, name, _ in rows}
+                           for seed in SEEDS] for title, name, _ in rows}
         figures = {title: [run for run in runs if any(key in run for key in wanted)] for title, runs in figures.items()}
         titles = [title for title in wanted if any(title in run for runs in figures.values() for run in runs)]
-        table = [[block.lower(), "seeds", *titles]]
-        for title, runs in figures.items():
-            table.append([title, str(len(runs)), *(visualize.mean_and_deviation(key, runs) for key in titles)])
+        table = [[block.lower(), "change", "seeds", *titles]]
+        for title, _, changes in rows:
+            cells = (visualize.mean_and_deviation(key, figures[title]) for key in titles)
+            table.append([title, " ".join(f"`{change}`" for change in changes), str(len(figures[title])), *cells])
         print(f"\n{visualize.as_markdown(table)}")
 
 
