@@ -792,7 +792,7 @@ def summary(folders: list[Path]) -> list[list[str]]:
 
 def mean_and_deviation(title: str, runs: list[dict[str, float]]) -> str:
     """A cell of the table; behind it in brackets how many runs have measured it, if not all."""
-    values, digits = [run[title] for run in runs if title in run], 3 if title == "cosine loss" else 1
+    values, digits = [run[title] for run in runs if title in run], 4 if title == "cosine loss" else 1
     text = f"{statistics.mean(values):.{digits}f}" if values else "-"
     if len(values) > 1:
         text += f" ± {statistics.stdev(values):.{digits}f}"

@@ -92,13 +92,16 @@ def run_block(rows: list, stages: list, seeds: tuple[int, ...], arguments: list[
 
 
 def print_tables() -> None:
-    """Means over the seeds that have been run, and standard deviations where there are two or more."""
+    """Means over the seeds that have been run, and standard deviations where there are two or more.
+
+    A figure that one row alone has is left out: nothing can be compared with it.
+    """
     for block, rows, stages, _ in BLOCKS:
         wanted = [title for title, where, *_ in visualize.FIGURES if ("tokenizer" in where) == (not stages)]
         figures = {title: [visualize.figures_of(FOLDER / f"{name}-{seed}", "_scratch" if name == "none" else "")
                            for seed in SEEDS] for title, name, _ in rows}
         figures = {title: [run for run in runs if any(key in run for key in wanted)] for title, runs in figures.items()}
-        titles = [title for title in wanted if any(title in run for runs in figures.values() for run in runs)]
+        titles = [key for key in wanted if sum(any(key in run for run in runs) for runs in figures.values()) > 1]
         table = [[block.lower(), "change", "seeds", *titles]]
         for title, _, changes in rows:
             cells = (visualize.mean_and_deviation(key, figures[title]) for key in titles)
