@@ -65,10 +65,14 @@ BLOCKS = [
 ]
 
 
+def stage_of(script, arguments: list[str]) -> str:
+    """The name under which a script with these arguments keeps its results."""
+    return next((a.partition("=")[2] for a in arguments if a.startswith("finetune.mode=")), script.__name__)
+
+
 def run(name: str, seed: int, script, arguments: list[str]) -> None:
     """One stage of one run, unless it has been done."""
-    folder = FOLDER / f"{name}-{seed}"
-    stage = next((a.partition("=")[2] for a in arguments if a.startswith("finetune.mode=")), script.__name__)
+    folder, stage = FOLDER / f"{name}-{seed}", stage_of(script, arguments)
     done = folder / f"{stage}.done"
     if not done.exists():
         engine.say(f"\n--- {folder}, {stage}")
@@ -92,16 +96,14 @@ def run_block(rows: list, stages: list, seeds: tuple[int, ...], arguments: list[
 
 
 def print_tables() -> None:
-    """Means over the seeds that have been run, and standard deviations where there are two or more.
-
-    A figure that one row alone has is left out: nothing can be compared with it.
-    """
+    """Means over the seeds that have been run, and standard deviations where there are two or more."""
     for block, rows, stages, _ in BLOCKS:
-        wanted = [title for title, where, *_ in visualize.FIGURES if ("tokenizer" in where) == (not stages)]
+        measured = {stage_of(*stage) for stage in stages or [(tokenizer, [])]}  # a row may have more, of another block
+        wanted = [title for title, where, *_ in visualize.FIGURES if where[-1] in measured]
         figures = {title: [visualize.figures_of(FOLDER / f"{name}-{seed}", "_scratch" if name == "none" else "")
                            for seed in SEEDS] for title, name, _ in rows}
         figures = {title: [run for run in runs if any(key in run for key in wanted)] for title, runs in figures.items()}
-        titles = [key for key in wanted if sum(any(key in run for run in runs) for runs in figures.values()) > 1]
+        titles = [key for key in wanted if any(key in run for runs in figures.values() for run in runs)]
         table = [[block.lower(), "change", "seeds", *titles]]
         for title, _, changes in rows:
             cells = (visualize.mean_and_deviation(key, figures[title]) for key in titles)
