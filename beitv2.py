@@ -740,8 +740,10 @@ def read_model(path: str | Path, section: str, here) -> dict:
 
 def plain_types() -> list:
     """The types that published files hold beside tensors: argparse's namespace, numpy's scalars. None of it is code."""
-    import numpy as np
-
+    try:
+        import numpy as np
+    except ModuleNotFoundError:  # torch works without it; files that hold its scalars are then refused
+        return [argparse.Namespace]
     module = np._core if hasattr(np, "_core") else np.core  # numpy 2 moved it; files of both kinds exist
     scalar_types = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"}
     return [argparse.Namespace, np.dtype, *scalar_types,

@@ -527,8 +527,9 @@ class TrainView(SampleView):
         self.drawn: dict[int, dict] = {}  # crops that come back are kept, up to 1 GiB in each process
         self.crop_scale, self.jitter, self.erase = crop_scale, jitter, erase
         self.num_masked, self.mask_grid, self.min_block = num_masked, mask_grid, min_block
-        # RandAugment (arXiv 1909.13719): two random operations, such as rotate or posterize. With 11 bins, magnitude 9
-        # means the angles and strengths of timm, which the paper used (`rand-m9-mstd0.5-inc1`, without its noise).
+        # RandAugment (arXiv 1909.13719): two random operations, such as rotate or shear. With 11 bins, magnitude 9 means
+        # the angles and strengths of timm, which the paper used (`rand-m9-mstd0.5-inc1`, without its noise). But
+        # Posterize keeps 4 bits here and 1 there, and timm's list has Invert and SolarizeAdd instead of Identity.
         mean_colour = [round(255 * channel) for channel in IMAGENET_MEAN]
         self.rand_augment = v2.RandAugment(2, 9, 11, interpolation=BICUBIC, fill=mean_colour) if rand_augment else None
 
@@ -848,27 +849,32 @@ class Cache:
                 if (values.shape, values.dtype, done.shape) == (shape, np.dtype(dtype), shape[:1]) \
                         and json.loads((self.folder / "about.json").read_text()) == self.about:
                     return
-            except (OSError, ValueError):  # a missing, truncated or foreign file
+            except (FileNotFoundError, ValueError, EOFError):  # a missing, foreign, truncated or empty file
                 pass
             engine.say(f"note: '{self.folder}' is damaged, and is made anew")
+            shutil.rmtree(self.folder, ignore_errors=True)
         size = math.prod(shape) * np.dtype(dtype).itemsize
         engine.say(f"cache of {shape[0]} images, {size / 2**20:,.0f} MiB: {self.folder}")
+        unfinished = self.folder.with_name(f"{self.folder.name}.{os.getpid()}")  # so that no other run finds a half one
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "about.json").write_text(json.dumps(self.about, indent=1))
+            unfinished.mkdir(parents=True, exist_ok=True)
+            (unfinished / "about.json").write_text(json.dumps(self.about, indent=1))
             # Written, not only reserved: a memory-mapped file that finds the disk full kills the process.
             for name, rows, kind in (("values.npy", shape, dtype), ("done.npy", shape[:1], "bool")):
-                with open(self.folder / name, "wb") as file:
+                with open(unfinished / name, "wb") as file:
                     header = dict(shape=rows, fortran_order=False, descr=np.lib.format.dtype_to_descr(np.dtype(kind)))
                     np.lib.format.write_array_header_1_0(file, header)
                     bytes_left = math.prod(rows) * np.dtype(kind).itemsize
                     while bytes_left:
                         bytes_left -= file.write(bytes(min(bytes_left, 2**24)))
+            if not self.folder.exists():  # another run may have been quicker
+                unfinished.rename(self.folder)
         except OSError as error:
-            shutil.rmtree(self.folder, ignore_errors=True)
             raise UserError(f"cannot write the cache '{self.folder}' of {size / 2**20:,.0f} MiB ({error.strerror}): "
                             f"free some space, set data.cache=FOLDER to one on another disk, or set data.cache=none to "
                             f"compute the values anew in each epoch") from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def fill(self, compute, batch_size: int, device: torch.device, workers: int, title: str) -> "Cache":
         """Compute what is missing: `compute` takes a batch of `images`, on the device, and returns [B, *shape].
@@ -876,9 +882,12 @@ class Cache:
         Ranks share the work. If interrupted, it goes on where it was. Values come in blocks of `batch_size` rows that
         are computed together, so that they are the same to the bit however often that happened.
         """
-        blocks = range(0, len(self.done), batch_size)
-        missing = [range(first, min(first + batch_size, len(self.done))) for first in blocks
-                   if not self.done[first:first + batch_size].all()]
+        def find_missing() -> list[range]:
+            blocks = (range(first, min(first + batch_size, len(self.done)))
+                      for first in range(0, len(self.done), batch_size))
+            return [block for block in blocks if not self.done[block.start:block.stop].all()]
+
+        missing = engine.on_main(find_missing)  # one list for all: a quick rank may write while another still looks
         mine = missing[engine.rank()::engine.world_size()]
         loader = DataLoader(self.images, batch_sampler=mine, **loader_options(workers))
         bar = tqdm(with_plain_errors(loader), desc=title, total=len(mine), leave=False, dynamic_ncols=True,
@@ -887,7 +896,10 @@ class Cache:
             batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
             self.values[rows.start:rows.stop] = compute(batch).cpu().numpy()
             self.done[rows.start:rows.stop] = True
-        engine.on_main(lambda: None)  # wait for all ranks
+        engine.all_reduce_sum(torch.zeros(1, device=device)).item()  # wait for all ranks
+        if not self.done.all():
+            raise UserError(f"the cache '{self.folder}' has gaps: give each machine a folder on a disk of its own with "
+                            f"data.cache=FOLDER, or set data.cache=none")
         return self
 
     def __getitem__(self, row: int) -> torch.Tensor:

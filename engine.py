@@ -201,6 +201,7 @@ class Metrics:
 
     def start_clock(self) -> None:
         self.started, self.waited = time.perf_counter(), 0.0  # `waited`: seconds of waiting for data
+        self.untimed = len(self.window.get("lr", ()))  # steps of this window that were done before an interruption
 
     def record(self, **values: Tensor | float) -> None:
         """Note this step's metrics."""
@@ -223,7 +224,7 @@ class Metrics:
                 means[name] = value.mean().item()
                 total = self.totals.setdefault(name, [0.0, 0])
                 total[0], total[1] = total[0] + value.sum().item(), total[1] + len(value)
-        means["images_per_second"] = round(len(values["lr"]) * batch_size / seconds, 1)
+        means["images_per_second"] = round((len(values["lr"]) - self.untimed) * batch_size / seconds, 1)
         means["data_wait"] = round(self.waited / seconds, 3)
         self.window = {}
         self.start_clock()
@@ -371,25 +372,34 @@ class Run:
             pass
         return self.checkpoint_file.is_file()
 
+    def claim_folder(self, read_checkpoint: Callable) -> None:
+        """For a stage that takes no steps, instead of `begin`, and before it computes: see that its results will
+        replace none but its own."""
+        if on_main(self.occupy_folder):
+            self.compare_config(read_checkpoint(self.checkpoint_file))
+
     def write_config(self) -> None:
         self.config_file.truncate(0)
         yaml.safe_dump(as_dict(self.config), self.config_file, sort_keys=False)
         self.config_file.flush()
 
-    def resume(self, state: dict) -> None:
-        file, anew = f"'{self.checkpoint_file}'", "start anew with another output_dir"
-        needed = {"config", "steps_per_epoch", "scaler", *self.progress(), *self.parts}
-        if missing := needed - state.keys():
-            raise UserError(f"{file} is no checkpoint of this stage (it lacks {', '.join(sorted(missing))}): move it "
-                            f"away, or choose another output_dir")
+    def compare_config(self, state: dict, *needed: str) -> None:
+        """UserError if a checkpoint of this folder lacks an entry or was made with another configuration."""
+        if missing := {"config", *needed} - state.keys():
+            raise UserError(f"'{self.checkpoint_file}' is no checkpoint of this stage (it lacks "
+                            f"{', '.join(sorted(missing))}): move it away, or choose another output_dir")
         # How the tokenizer was trained is the business of its own stage: its shape is checked when it is loaded.
         differences = [f"{key} was {old!r} and is {new!r}"
                        for key, old, new in changed_keys(state["config"], as_dict(self.config))
                        if key.split(".")[-1] not in FREE_TO_CHANGE
                        and (self.stage == "tokenizer" or key.split(".")[0] != "tokenizer")]
         if differences:
-            raise UserError(f"{file} was made with another configuration ({'; '.join(differences)}): go back to it to "
-                            f"continue, or {anew}")
+            raise UserError(f"'{self.checkpoint_file}' was made with another configuration ({'; '.join(differences)}): "
+                            f"go back to it to continue, or start anew with another output_dir")
+
+    def resume(self, state: dict) -> None:
+        file, anew = f"'{self.checkpoint_file}'", "start anew with another output_dir"
+        self.compare_config(state, "steps_per_epoch", "scaler", *self.progress(), *self.parts)
         if state["steps_per_epoch"] != self.steps_per_epoch:
             raise UserError(f"{file} was made with {state['steps_per_epoch']} steps per epoch, and these training "
                             f"images make {self.steps_per_epoch}: go back to the same images to continue, or {anew}")
@@ -521,8 +531,7 @@ class Run:
         self.metrics.start_clock()  # validation does not count as training time
 
     def write_alone(self, val: dict[str, float]) -> None:
-        """For a stage that takes no steps, instead of `begin`: its configuration and figures replace earlier ones."""
-        on_main(self.occupy_folder)
+        """For a stage that takes no steps, after `claim_folder`: its configuration and figures replace earlier ones."""
         if rank() == 0:
             keep_lines(self.metrics.file, step=-1, epochs_done=0)
             self.write_config()

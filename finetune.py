@@ -297,6 +297,7 @@ def knn(config) -> None:
     tuned, so the figure is the same every time, and takes one pass over the images.
     """
     run = engine.Run(stage_folder(config.finetune), config, config.finetune)
+    run.claim_folder(read_checkpoint)
     train_set, val_set = data.open_datasets(config.data)
     model = open_backbone(run)
     bank, queries = frozen_features(run, model, train_set, strict=False), frozen_features(run, model, val_set)

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import textwrap
@@ -161,7 +162,7 @@ class TrainConfig(OptimizerConfig):
 
 
 # A run may go on with other values of these: they change its speed or its place. Its result changes by rounding only,
-# but for the random numbers of drop path and MixUp, which each device draws for its own part of a batch.
+# but for what each device does with its own part of a batch: drop path's and MixUp's random numbers, and BatchNorm.
 FREE_TO_CHANGE = {"output_dir", "device", "precision", "compile", "root", "download", "cache", "workers",
                   "device_batch_size", "save_every", "checkpoint_activations", "eval_only", "overlays"}
 
@@ -332,10 +333,6 @@ def setup_distributed(device: str = "auto") -> torch.device:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     else:
         torch.set_num_threads(max(1, cores() // local_world))  # torchrun gives each process one thread: share all out
-        # In spite of its name this acts on CPU kernels too, where the backward pass of the flash kernel is slow for
-        # short sequences: without it 193 images/s, with it 135 (64 tokens, 3 heads, width 192, 6 blocks, bf16, two
-        # cores of an AMD EPYC).
-        torch.backends.cuda.enable_flash_sdp(False)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if use_cuda else "gloo")
     return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
@@ -464,8 +461,12 @@ def stage_checkpoint(config: types.SimpleNamespace, stage: str, given: str, key:
     path = Path(config.output_dir) / stage / name
     if not path.is_file():
         script, scratch, _ = stage.partition("_scratch")
-        raise UserError(f"there is no '{path}' yet: make it with `torchrun {script}.py {config.file}"
-                        f"{f' {script}.weights=none' if scratch else ''}`{key and f', or set {key}=PATH_OR_URL'}")
+        # What was changed on the command line holds there too, but for what was asked of this script alone.
+        own = Path(sys.argv[0]).stem
+        changes = [shlex.quote(change) for change in sys.argv[2:] if not change.startswith(f"{own}.")]
+        changes += [f"{script}.weights=none"] if scratch else []
+        command = " ".join(["torchrun", f"{script}.py", config.file, *changes])
+        raise UserError(f"there is no '{path}' yet: make it with `{command}`{key and f', or set {key}=PATH_OR_URL'}")
     return path
 
 

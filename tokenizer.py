@@ -638,6 +638,7 @@ def train(config) -> None:
     bank_loader = open_bank(run, train_set)  # for bag_knn, see `evaluate`
 
     if cfg.encoder == "teacher":
+        run.claim_folder(read_checkpoint)
         model = build_teacher_tokenizer(config, teacher).to(run.device)
         cluster_features(run, model, loader)
         val = evaluate(run, model, teacher, val_loader, bank_loader, len(val_set.classes))

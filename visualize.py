@@ -205,7 +205,7 @@ def train_pixel_decoder(tokenizer: vqkd.VQKD, view: data.TrainView, steps: int, 
                         workers: int = 0) -> PixelDecoder:
     """Train a decoder on training crops, whose codes the frozen tokenizer gives, by the mean absolute error."""
     codebook = tokenizer.quantize.embedding.weight
-    decoder = PixelDecoder(codebook.shape[1], tokenizer.encoder.patch_size).to(device)
+    decoder = PixelDecoder(codebook.shape[1], view.size // tokenizer.grid).to(device)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=2e-3)
     loader = data.TrainLoader(view, min(32, len(view)), seed=0, workers=workers)
     for step, batch in enumerate(data.Rounds(loader, steps, accumulation=1).epoch(0)):
@@ -669,9 +669,9 @@ class Models:
         return self.once("finetuned", make), data.normalize
 
     def teacher(self):
-        if self.config.tokenizer.teacher == "hog":
-            raise UserError("the teacher is hog, which has no attention")
         teacher = self.once("teacher", lambda: vqkd.open_teacher(self.config))
+        if not isinstance(teacher, vqkd.Teacher):
+            raise UserError(f"the teacher is {self.config.tokenizer.teacher}, which has no attention")
         return teacher.backbone, teacher.prepare
 
 

@@ -550,6 +550,12 @@ def test_a_file_that_is_no_checkpoint(content, tmp_path):
         read_checkpoint(tmp_path / "foreign.pth")
 
 
+def test_without_numpy_plain_checkpoints_can_be_read(tmp_path, monkeypatch):
+    torch.save({"model": {"weight": torch.ones(2)}, "args": argparse.Namespace(lr=0.1)}, tmp_path / "plain.pth")
+    monkeypatch.setitem(sys.modules, "numpy", None)  # as if it were not installed
+    assert read_checkpoint(tmp_path / "plain.pth")["args"].lr == 0.1
+
+
 def with_numpy_module(content, module: bytes, zipped: bool) -> bytes:
     """A checkpoint as another numpy wrote it: 1.x called the module numpy.core, 2.x calls it numpy._core."""
     data = bytes_of(content, _use_new_zipfile_serialization=zipped)

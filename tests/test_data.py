@@ -336,13 +336,15 @@ def test_other_crops_networks_or_data_sets_have_a_cache_of_their_own(tmp_path):
     assert make_cache(tmp_path, seed=4, compute=refuse).folder == first.folder  # a run's seed changes no crop
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "no text", "missing"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "no text", "missing"])
 def test_a_damaged_cache_is_noticed_and_made_anew(tmp_path, capsys, damage):
     first = make_cache(tmp_path)
     values = [first[row] for row in range(80)]
     file = first.folder / ("about.json" if damage == "no text" else "values.npy")
     if damage == "truncated":
         os.truncate(file, file.stat().st_size - 10)
+    elif damage == "empty":  # what a machine that lost its power leaves behind
+        os.truncate(file, 0)
     elif damage == "foreign":
         np.save(file, np.zeros((80, 4), np.float32))
     elif damage == "no text":
@@ -352,6 +354,50 @@ def test_a_damaged_cache_is_noticed_and_made_anew(tmp_path, capsys, damage):
     again = make_cache(tmp_path)
     assert "is damaged, and is made anew" in capsys.readouterr().out
     assert all(torch.equal(again[row], value) for row, value in enumerate(values))
+
+
+def test_a_cache_that_cannot_be_read_now_is_not_thrown_away(tmp_path, monkeypatch):
+    cache = make_cache(tmp_path)
+
+    def too_many_files(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(np, "load", too_many_files)
+    with pytest.raises(OSError, match="Too many"):
+        make_cache(tmp_path)
+    monkeypatch.undo()
+    assert make_cache(tmp_path, compute=refuse).folder == cache.folder
+
+
+def test_two_runs_that_start_at_once_share_one_cache(tmp_path, monkeypatch):
+    """While one run still writes its empty files, another finds no half ones: it makes its own, and is first."""
+    write, first = np.lib.format.write_array_header_1_0, []
+
+    def slow(file, header):
+        if not first:
+            first.append(None)
+            monkeypatch.setattr(os, "getpid", lambda: 12345)  # the other run is another process
+            first.append(make_cache(tmp_path))
+            monkeypatch.undo()
+        write(file, header)
+
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", slow)
+    second = make_cache(tmp_path, compute=refuse)  # the first one has done the work
+    assert second.folder == first[1].folder and list(tmp_path.iterdir()) == [second.folder]
+    assert torch.equal(second[79], first[1][79])
+
+
+def test_a_cache_with_gaps_is_not_used(tmp_path):
+    """Such as on a network disk, where one machine's writes may undo another's."""
+    crops = data.FixedCrops(data.TrainView(shapes(), 3, 16, views=2))
+    cache = data.Cache(tmp_path, "colours", crops, {}, (3,), "float32")
+
+    def compute(batch):
+        cache.done[:5] = False
+        return mean_colours(batch)
+
+    with pytest.raises(UserError, match="has gaps.*data.cache=FOLDER"):
+        cache.fill(compute, 16, torch.device("cpu"), 0, "colours")
 
 
 def test_a_full_disk_is_told_before_anything_is_computed(tmp_path, monkeypatch):

@@ -242,7 +242,7 @@ def test_fetch_does_not_confuse_two_files_of_one_name(hub):
     assert engine.fetch(first, "k").read_bytes() == b"1" and engine.fetch(second, "k").read_bytes() == b"2"
 
 
-def test_fetch_and_stage_checkpoint_say_what_is_missing(hub):
+def test_fetch_and_stage_checkpoint_say_what_is_missing(hub, monkeypatch):
     with pytest.raises(UserError, match="a.weights.*none.pth"):
         engine.fetch(str(hub / "none.pth"), "a.weights")
     with pytest.raises(UserError, match="a.weights=PATH"):
@@ -250,6 +250,11 @@ def test_fetch_and_stage_checkpoint_say_what_is_missing(hub):
 
     config = load(hub, f"output_dir: {hub}/run")
     with pytest.raises(UserError, match=r"torchrun tokenizer.py .*c.yaml.*, or set p\.t="):
+        engine.stage_checkpoint(config, "tokenizer", "", "p.t")
+    # The command repeats what was changed on the command line, but for the options of the script that asks.
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "c.yaml", f"output_dir={hub}/run", "tokenizer.epochs=2",
+                                      "data.root=a b", "pretrain.epochs=3"])
+    with pytest.raises(UserError, match=f"c.yaml output_dir={hub}/run tokenizer.epochs=2 'data.root=a b'`, or"):
         engine.stage_checkpoint(config, "tokenizer", "", "p.t")
     (hub / "run" / "tokenizer").mkdir(parents=True)
     (hub / "run" / "tokenizer" / "last.pt").touch()
@@ -592,6 +597,17 @@ def test_a_finished_run_does_nothing_when_started_again(tmp_path):
     assert len(again.epochs()) == 0
     toy_train(again)
     assert losses(again) == before and same_weights(again.model, run.model)
+
+
+def test_the_speed_counts_only_steps_since_the_run_went_on(tmp_path, monkeypatch):
+    metrics = engine.Metrics(tmp_path / "metrics.jsonl", torch.device("cpu"))
+    metrics.window = {"lr": [0.1, 0.1, 0.1]}  # from the checkpoint
+    clock = iter([100.0, 102.0, 102.0])
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: next(clock))
+    metrics.start_clock()
+    metrics.record(lr=0.1)
+    assert metrics.close_window(metrics.read(), batch_size=8)["images_per_second"] == 4  # one step in two seconds
+    assert metrics.untimed == 0
 
 
 def test_another_configuration_is_refused_and_named(tmp_path):

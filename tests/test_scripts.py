@@ -331,6 +331,17 @@ def test_kmeans_codes_of_the_teacher(home, two_ranks, monkeypatch):
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(codes["teacher"].token_ids(images), codes["two_teacher"].token_ids(images))
     assert "another model or codebook" in refusal("pretrain", home, "wrong_kind", *TEACHER_CODES)  # VQ-KD's weights
+    page = start("visualize", home, "teacher", *TEACHER_CODES, "pretrain.tokenizer_weights=", "visualize.decoder_steps=2",
+                 "visualize.images=8") / "report.html"
+    assert "paints each image" in page.read_text()
+
+
+def test_kmeans_codes_do_not_replace_a_trained_tokenizer(home):
+    files = [home / "base/tokenizer" / name for name in ("last.pt", "metrics.jsonl", "config.yaml")]
+    before = [file.read_bytes() for file in files]
+    text = refusal("tokenizer", home, "base", "tokenizer.encoder=teacher", "data.views=2")
+    assert "tokenizer.encoder was 'vqkd' and is 'teacher'" in text and "another output_dir" in text
+    assert [file.read_bytes() for file in files] == before
 
 
 def config_of(home: Path, *changes: str):

@@ -169,7 +169,7 @@ def test_a_heat_map_is_brightest_where_the_value_is_largest():
 def test_the_pixel_decoder_learns_what_codes_say():
     """A tokenizer whose codes are the brightness of patches: after a few steps the decoder paints that brightness."""
     class Brightness(torch.nn.Module):
-        grid, encoder = 4, types.SimpleNamespace(patch_size=4)
+        grid = 4  # and no `encoder`: a TeacherTokenizer has none
 
         def __init__(self):
             super().__init__()
@@ -200,6 +200,15 @@ def test_principal_components_keep_the_most_of_the_variance():
 def test_nearest_images():
     features = torch.tensor([[1.0, 0], [10, 1], [0, 1], [-1, 0], [1, 1]])
     assert visualize.nearest_images(features, 0, 3) == [1, 4, 2]
+
+
+@pytest.mark.parametrize("teacher", ["hog", "pixels"])
+def test_a_teacher_without_attention_is_left_out(teacher):
+    wanted = config()
+    wanted.device, wanted.tokenizer = "cpu", vqkd.TokenizerConfig(teacher=teacher)
+    wanted.model = types.SimpleNamespace(patch_size=4)
+    with pytest.raises(UserError, match=f"the teacher is {teacher}, which has no attention"):
+        visualize.Models(wanted, types.SimpleNamespace(images=torch.zeros(1))).teacher()
 
 
 # -- curves and the page ------------------------------------------------------------------------------------------
