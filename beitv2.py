@@ -11,9 +11,9 @@ This file needs nothing but torch: copy it to use a trained model elsewhere.
 Paper: Peng et al., "BEiT v2: Masked Image Modeling with Vector-Quantized Visual Tokenizers", arXiv 2208.06366.
 It builds on BEiT (arXiv 2106.08254), from which the backbone and the masking come.
 
-Two words: a *token* is a vector of D numbers inside the network. A *code* is an integer from 0 to K-1 that the
-tokenizer of stage 1 gives to a patch. (The paper calls it a visual token.) In tokenizer.py each code also has a vector,
-its row of the codebook: there `ids` are the integers, and `codes` are the vectors.
+Two words: a *token* is a vector of D numbers inside the network. A *code* is one of the K entries of the codebook that
+stage 1 makes; the tokenizer gives one to each patch. In this file only its number counts, an integer from 0 to K-1. (The
+paper says visual token, others say token id or visual word.)
 
 The shape comments use these letters:
 
@@ -21,7 +21,7 @@ The shape comments use these letters:
     S   side of an image in pixels; images are square
     N   patches of an image, (S / patch size)^2: 196 for 224 pixels and patches of 16
     T   tokens of an image, 1 + N: the token [CLS] stands before the patches
-    D   width, the length of a token
+    D   width of the network: a token has D numbers
     H   attention heads
     M   masked patches of an image: 75 in the paper
     K   codes in the codebook: 8192 in the paper
@@ -347,8 +347,8 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(drop_path=rate, **self.block_options) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps) if final_norm else nn.Identity()
 
-        # Tokenizer and classifier cut off at +-2, which is 100 times 0.02: nothing is cut off. They leave the patch
-        # convolution at PyTorch's default. The published code does so, and MaskedImageModel does otherwise below.
+        # As published: the cut-off at +-2 is 100 times 0.02, so in practice nothing is cut off, and the patch convolution
+        # keeps PyTorch's default. (Stage 2 has other rules: see MaskedImageModel.)
         init_weights(self, truncate_at=2.0, std=init_std)
 
     def embed(self, images: Tensor, masked: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
@@ -442,9 +442,9 @@ def init_weights(model: nn.Module, truncate_at: float, convolutions: bool = Fals
     left has a standard deviation of 0.011.
 
     Narrow models want a larger `std`. A sum over D inputs has a deviation of sqrt(D) times that of the weights. With
-    D = 768 and 0.02 that is 0.55, so a layer hands on about half of what comes in. With D = 128 it is 0.23, and all
-    branches begin so quiet that a short run spends most of its steps on making them louder. An `std` of
-    0.02 * sqrt(768 / D) or more spares it that.
+    D = 768 and 0.02 that is 0.55, so a layer hands on about half of what comes in. With D = 128 it is 0.23: all branches
+    begin so small that a short run spends most of its steps on enlarging them. So it wants an `std` of
+    0.02 * sqrt(768 / D) or more.
 
     What is not named here keeps its constants: norms ones and zeros, layer scales theirs, bias tables zeros.
     """
@@ -477,7 +477,7 @@ def shrink_residual_branches(block: Block, layer: int) -> None:
     Each block adds two branches to the residual stream. Say that each has the variance v before it is divided. After
     12 blocks the stream would have gained 24 v, and the embedding of the patch would be a small part of it. Divided,
     both branches of block i add v / (2i) each, so v / i together. After 12 blocks that is v (1 + 1/2 + ... + 1/12),
-    which is 3.1 v. The number 2 layer counts the branches up to here.
+    which is 3.1 v. (There are 2 * layer branches up to here.)
     """
     block.attn.proj.weight /= math.sqrt(2 * layer)
     block.mlp.fc2.weight /= math.sqrt(2 * layer)
@@ -534,7 +534,7 @@ class MaskedImageModel(VisionTransformer):
         # in the published code. The head continues from the early patches, as blocks l+1, l+2, ... do. So its layers
         # have the drop path rates of these blocks, and their branches are divided by the same numbers.
         rates = drop_path_rates(drop_path, max(self.depth, early_layers + head_layers))
-        self.cls_pt_layers = nn.ModuleList()
+        self.cls_pt_layers = nn.ModuleList()  # the aggregation head, under its published name
         for layer in range(1, head_layers + 1):
             block = Block(drop_path=rates[early_layers + layer - 1], **self.block_options)
             shrink_residual_branches(block, early_layers + layer)
@@ -575,8 +575,8 @@ class MaskedImageModel(VisionTransformer):
     def aggregate(self, last: Tensor, early: Tensor, masked: Tensor, position_bias: Tensor | None) -> Tensor:
         """Patch aggregation (Figure 3 of the paper): predict the codes again, from the final [CLS] and early patches.
 
-        last, early     tokens [B, T, D] after the last block, and after block `early_layers`; neither is normed, and
-                        neither gets a norm before the head: the only norm is the one before the output layer
+        last, early     tokens [B, T, D] after the last block, and after block `early_layers`; the final norm has touched
+                        neither: it comes after the head, before the output layer
         masked          int64 [B, M]
         position_bias   the bias of the shared table, or None for none; the head's blocks get it as it is
         returns         logits [B, M, K]
@@ -588,7 +588,7 @@ class MaskedImageModel(VisionTransformer):
         # In the head, each masked patch reads from [CLS] what its early token does not know.
         for block in self.cls_pt_layers:
             x = self.run_block(block, x, position_bias)
-        # Norm and output layer are those of the backbone, unless the head has its own.
+        # The final norm and the output layer are those of prediction 1, unless the head has its own.
         norm = getattr(self, "cls_pt_norm", self.norm)
         lm_head = getattr(self, "cls_pt_lm_head", self.lm_head)
         return lm_head(norm(take(x[:, 1:], masked)))

@@ -4,12 +4,15 @@
     torchrun --nproc-per-node 8 pretrain.py configs/base.yaml                # eight GPUs of one machine
     torchrun pretrain.py configs/imagenette.yaml pretrain.num_masked=40      # any option, from the command line
 
-We hide about 40 % of the patches of an image, in blocks. The backbone, a Vision Transformer, sees the rest. For each
-hidden patch it must name the code that the tokenizer of stage 1 gives it. The tokenizer sees the whole image.
+We hide about 40 % of the patches of an image, in rectangular blocks: a learned vector, the mask token, takes the place of
+each. The network that we train is a Vision Transformer; here it is also called the *student*. It gets all N places of the
+image, but nothing of what was in the hidden ones. For each of these it must name the code that the tokenizer of stage 1
+gives to the patch. The tokenizer sees the whole image.
 
-Two heads make this guess. The first reads the last layer at the hidden position. The second, the aggregation head,
-reads the final [CLS] token beside all patch tokens of an early layer l, the hidden ones included. Both guesses are
-scored in the same way:
+The codes are predicted twice. The first prediction reads the student's last layer, at the hidden place. The second one
+comes from the aggregation head, a small transformer that is thrown away afterwards. It reads the final [CLS] token beside
+the patch tokens of an early layer l (at a hidden place: what has become of the mask token by then). Both are scored in
+the same way:
 
     loss = - mean over hidden patches i of  [ log p(code_i | visible patches) + log p(code_i | [CLS], early patches) ]
 
@@ -50,13 +53,13 @@ class PretrainConfig(engine.TrainConfig):
     tokenizer_weights: str = ""  # a trained tokenizer, path or URL; empty: OUTPUT_DIR/tokenizer/last.pt
     num_masked: Count = 75  # masked patches per image: about 40 % of 196
     min_block: Natural = 16  # patches in the smallest block; 0: no blocks, single patches
-    early_layers: Natural = 9  # l: the layer, from 1, whose patches the aggregation head sees
-    head_layers: Natural = 2  # blocks of the aggregation head; 0: none
+    early_layers: Natural = 9  # l: the aggregation head sees the patches after this layer; the first layer is 1
+    head_layers: Natural = 2  # transformer blocks of the aggregation head; 0: no such head
     shared_lm_head: bool = True  # both predictions through the same norm and output layer
     crop_scale: tuple[Share, Share] = (0.2, 1.0)  # area of the random crop over that of the image
     jitter: Amount = 0.4  # strength of the colour jitter
-    knn_every: Natural = 10  # epochs between two k-NN pulses, and after the last epoch; 0: never
-    knn_images: Count = 20000  # training images that the pulse compares with, evenly chosen
+    knn_every: Natural = 10  # a k-NN measurement after so many epochs, and after the last; 0: never
+    knn_images: Count = 20000  # training images that the k-NN compares with, evenly chosen
 
 
 SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "tokenizer": vqkd.TokenizerConfig,
@@ -75,7 +78,8 @@ def main() -> None:
     run = engine.Run("pretrain", config, cfg)
 
     # The tokenizer is frozen. It plays the part that labels play in supervised learning, but no person made them.
-    # Only `model` learns. `parallel` is the same model, compiled and synchronised between processes if asked for.
+    # Only `model`, the student, learns. `parallel` is the same model, compiled and synchronised between processes if
+    # asked for. `run` (engine.Run) knows processes, devices, the log and checkpoints; none of that changes the method.
     train_set, val_set = data.open_datasets(config.data)
     tokenizer = vqkd.load_tokenizer(config, cfg.tokenizer_weights, "pretrain.tokenizer_weights").to(run.device)
     model = build_model(config).to(run.device)
@@ -98,7 +102,7 @@ def main() -> None:
         for micro_batches in run.steps(epoch):
             engine.set_lr(optimizer, lr[run.step])
             for batch in micro_batches:
-                # 1. The pixels. The student is to learn what things are under any light, so the colours are jittered.
+                # 1. The pixels. Random colours are augmentation, as the random crop: no image looks the same twice.
                 images = data.to_unit(batch["image"])  # [B, 3, S, S] in [0,1]
                 if cfg.jitter > 0:
                     images = data.color_jitter(images, batch["jitter"])
@@ -113,8 +117,8 @@ def main() -> None:
                     codes = codes_of(tokenizer, batch, images, config.data.views)  # [B, N], each in 0 .. K-1
                     codes = codes.gather(1, masked)  # [B, M]
 
-                    # 4. The answers of both heads. The student gets ImageNet's normalisation, which fine-tuning will
-                    #    use too. The tokenizer gets them in [0,1], and VQKD.encode scales them as in its training.
+                    # 4. Both predictions. The student gets ImageNet's normalisation, which fine-tuning will use too.
+                    #    (The tokenizer got [0,1], which VQKD.encode scales as in its own training.)
                     logits, head_logits = parallel(data.normalize(images), masked)  # [B, M, K] each
 
                 # 5. The score: a classification among K codes for each hidden patch. Accuracy is low even at the end
@@ -122,8 +126,8 @@ def main() -> None:
                 loss, accuracy = cross_entropy(logits, codes)
                 run.record(mim_loss=loss, mim_accuracy=accuracy)
 
-                # 6. The same score for the aggregation head, with the same weight. Its gradient reaches the last layers
-                #    only through [CLS]. This is what makes [CLS] a summary of the image (MaskedImageModel.forward).
+                # 6. The same score for the second prediction, with the same weight. Its gradient reaches the last
+                #    layers only through [CLS]. This is what makes [CLS] a summary of the image (see MaskedImageModel).
                 if head_logits is not None:
                     head_loss, head_accuracy = cross_entropy(head_logits, codes)
                     run.record(cls_loss=head_loss, cls_accuracy=head_accuracy)
@@ -132,7 +136,7 @@ def main() -> None:
                 run.backward(loss)  # adds to the gradients; the last micro-batch averages them over processes
             run.optimizer_step(optimizer)  # clip the gradients, step, clear
 
-        # Loss and accuracy tell how well codes are guessed, not whether the features are of use. The k-NN pulse does.
+        # Loss and accuracy tell how well codes are guessed, not whether the features are of use. k-NN does.
         paint_epoch(run, model, tokenizer, val_set, epoch)
         last = epoch + 1 == cfg.epochs
         pulse = cfg.knn_every and ((epoch + 1) % cfg.knn_every == 0 or last)
@@ -155,7 +159,7 @@ def codes_of(tokenizer: nn.Module, batch: dict, images: torch.Tensor, views: int
 
     The paper's way: student and tokenizer see the same jittered pixels. With fixed views (`data.views`, not in the
     paper) a crop has one row of codes for the whole run, but a new jitter in each epoch. So the tokenizer then sees the
-    crop without jitter, as it was trained.
+    crop without jitter.
     """
     if "codes" in batch:
         return batch["codes"].long()

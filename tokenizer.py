@@ -10,6 +10,9 @@
 Masked image modeling needs something to predict. Pixels ask for every texture. Words would be better, but images have
 none. So we make some: a codebook of K vectors, the codes, which the tokenizer learns to use as words for patches.
 
+A code has a vector, its row of the codebook, and a number from 0 to K-1. In this file `codes` are the vectors, D = 32
+numbers each, and `ids` are the numbers, which are all that stage 2 needs. (The width of a network is called width here.)
+
 What makes a good word? The decoder sees nothing but codes, and from them it must say what a frozen teacher such as
 CLIP sees in each patch. So a code must keep what the teacher finds worth knowing: parts, objects, meanings. If the
 decoder had to paint the pixels instead, the codes would keep colours and edges.
@@ -64,7 +67,7 @@ class TokenizerConfig(engine.TrainConfig):
     init_std: Annotated[float, 0.001, 1.0] = 0.02  # of the initial weights; narrow models learn faster with more
     decoder_depth: Count = 3  # blocks of the decoder: shallow, so that the codes must do the work
     codebook_size: Annotated[int, 2, math.inf] = 8192  # K
-    codebook_dim: Count = 32  # D, the length of a code's vector: low, or most codes are never used
+    codebook_dim: Count = 32  # D, how many numbers a code's vector has: few, or most codes are never used
     ema_decay: Share = 0.99  # of the codebook's moving average; short runs want .95
     commitment_beta: Amount = 1.0  # weight of the commitment loss
     kmeans_init: bool = True  # start from k-means over the first batch's vectors
@@ -113,8 +116,8 @@ class Teacher(nn.Module):
 
     @torch.no_grad()  # the teacher is only asked; it never learns
     def forward(self, images: Tensor) -> Tensor:
-        tokens = self.backbone(self.prepare(images))  # [B, 1 + N, D], [CLS] first
-        return self.projection(tokens[:, 1:])  # [B, N, output_dim]: the target is what it says of each patch
+        tokens = self.backbone(self.prepare(images))  # [B, 1 + N, width], [CLS] first
+        return self.projection(tokens[:, 1:])  # [B, N, output_dim]: the target, a feature for each patch
 
 
 class HOG(nn.Module):
@@ -307,10 +310,12 @@ class Quantizer(nn.Module):
 
     No gradient. The codes are no trained parameters. Each code moves towards the mean of the vectors that chose it, by
     an exponential moving average. This is k-means, a little in each step. It needs no learning rate, and a code moves
-    only when it is used.
+    only when it is used. (Other VQ-VAEs also average the number of hits, so that many hits move a code further than few.
+    Here, as published, one hit moves it as far as a thousand.)
 
     Dead codes. A code that nothing chooses has no mean to move to. It stays where it is, while the vectors move on with
-    the encoder, so it will never be chosen again. `revive_below` puts such codes back among the vectors of the batch.
+    the encoder, so it will never be chosen again. `revive_below` puts such codes back among the vectors of the batch. It
+    is not in the paper, and off unless asked for: at a first reading pass over `seen`, `latest` and `remember`.
 
     Everything here is in float32: in half precision, neighbouring codes fall together.
 
@@ -393,7 +398,7 @@ class Quantizer(nn.Module):
         weight.copy_(torch.where(hit, moved, weight))
         self.running_count.lerp_(counts, 1 - self.ema_decay)
 
-        if self.revive_below:
+        if self.revive_below:  # not in the paper
             # The i-th dead code takes the i-th of the shuffled candidates. No size here depends on how many are dead,
             # so the host need not wait for the device to count them.
             candidates = engine.gather_in_order(torch.cat(self.seen)).flatten(0, 1)
@@ -451,9 +456,10 @@ class CodeUsage:
         self.counts += hits
 
     def figures(self) -> dict[str, float]:
-        """usage: share in [0, 1] of the codes that were hit at all; perplexity: of 1 to K codes, how many are in use.
+        """usage: share in [0, 1] of the codes that were hit at all; perplexity: how many are really in use, 1 to K.
 
-        Perplexity is what to watch: a few hits keep a code "used", though nearly everything goes to a handful.
+        Perplexity is what to watch: a few hits keep a code "used", though nearly everything goes to a handful. (With a
+        language model low is good; here high is good.)
         """
         return {"usage": (self.counts > 0).double().mean().item(), "perplexity": perplexity(self.counts).item()}
 
@@ -478,7 +484,10 @@ def perplexity(counts: Tensor) -> Tensor:
 
 
 class PatchTransformer(VisionTransformer):
-    """VQ-KD's encoder and decoder: a transformer that returns normed patch tokens [B, N, D] and keeps no [CLS]."""
+    """VQ-KD's encoder and decoder: a transformer that returns normed patch tokens [B, N, width] and keeps no [CLS].
+
+    As published, it adds position embeddings and has no relative position bias, unlike the backbone of stage 2.
+    """
 
     def __init__(self, **options):
         super().__init__(abs_pos_embed=True, final_norm=False, **options)
@@ -511,6 +520,7 @@ class VQKD(nn.Module):
         self.grid, self.patch_size = self.encoder.grid, patch_size
         self.decoder = PatchTransformer(image_size=self.grid, patch_size=1, in_channels=codebook_dim, **decoder)
         width, decoder_width = encoder["embed_dim"], decoder["embed_dim"]
+        # Two small networks change the width, from the encoder's to D and from the decoder's to the teacher's.
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, codebook_dim))
         self.decode_task_layer = nn.Sequential(nn.Linear(decoder_width, decoder_width), nn.Tanh(),
                                                nn.Linear(decoder_width, teacher_dim))
@@ -563,7 +573,7 @@ class TeacherTokenizer(nn.Module):
 
     The code of a patch is the nearest of K means of the frozen teacher's features (`tokenizer.encoder: teacher`). No
     encoder and no decoder is trained, so codes cost a pass through the teacher: they want `data.views`. It shows how
-    much K words can say at best, and VQ-KD's small encoder can come close to it or not.
+    much of the teacher's features K codes can keep at best.
     """
 
     may_be_fresh = ("teacher.", "quantize.running_count")  # checkpoints hold the codebook alone
@@ -761,8 +771,8 @@ def start_from_first_batch(run: engine.Run, model: VQKD, teacher: nn.Module) -> 
 
     `kmeans_init`: the codes are k-means of the encoder's vectors.
     `mean_start` (not in the published code): the decoder's output is the teacher's mean feature, and nothing else. The
-    first thing a random decoder learns is to say this mean whatever the code, and the encoder helps by making all
-    codes alike. A long run recovers from that collapse; a short one ends in it, with a loss that says "the mean".
+    first thing a random decoder learns is to predict this mean whatever the code, and the encoder helps by making all
+    codes alike. A long run recovers from that collapse. A short one ends in it, and its loss is that of the mean.
     """
     cfg, z, total = run.config.tokenizer, [], 0
     for batch in run.micro_batches(run.loader.epoch(0)):

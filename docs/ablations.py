@@ -33,9 +33,9 @@ TARGETS = [
     ("nothing: no pre-training", "none", ["finetune.weights=none"]),
 ]
 AGGREGATION = [
-    ("shared head, l = 3 of 4 (default)", "default", []),
-    ("no head", "nohead", ["pretrain.head_layers=0"]),
-    ("separate head", "separate", ["pretrain.shared_lm_head=false"]),
+    ("aggregation head, shared output layer, l = 3 of 4 (default)", "default", []),
+    ("no aggregation head", "nohead", ["pretrain.head_layers=0"]),
+    ("an output layer of its own for the head", "separate", ["pretrain.shared_lm_head=false"]),
     ("l = 2", "early2", ["pretrain.early_layers=2"]),
     ("l = 4, the last layer", "early4", ["pretrain.early_layers=4"]),
 ]
