@@ -882,12 +882,9 @@ class Cache:
         Ranks share the work. If interrupted, it goes on where it was. Values come in blocks of `batch_size` rows that
         are computed together, so that they are the same to the bit however often that happened.
         """
-        def find_missing() -> list[range]:
-            blocks = (range(first, min(first + batch_size, len(self.done)))
-                      for first in range(0, len(self.done), batch_size))
-            return [block for block in blocks if not self.done[block.start:block.stop].all()]
-
-        missing = engine.on_main(find_missing)  # one list for all: a quick rank may write while another still looks
+        blocks = [range(first, min(first + batch_size, len(self.done))) for first in range(0, len(self.done), batch_size)]
+        # One list for all ranks: a quick rank may write already while another still looks.
+        missing = engine.on_main(lambda: [rows for rows in blocks if not self.done[rows.start:rows.stop].all()])
         mine = missing[engine.rank()::engine.world_size()]
         loader = DataLoader(self.images, batch_sampler=mine, **loader_options(workers))
         bar = tqdm(with_plain_errors(loader), desc=title, total=len(mine), leave=False, dynamic_ncols=True,

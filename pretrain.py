@@ -209,7 +209,7 @@ def knn_pulse(run: engine.Run, model: MaskedImageModel, train_set, val_set) -> d
 
 
 @torch.no_grad()
-def paint_epoch(run: engine.Run, model: MaskedImageModel, tokenizer: vqkd.VQKD, val_set, epoch: int) -> None:
+def paint_epoch(run: engine.Run, model: MaskedImageModel, tokenizer: nn.Module, val_set, epoch: int) -> None:
     """Write OUTPUT_DIR/pretrain/epoch-NN.png: four validation images, their masks, and what each head got right."""
     if engine.rank() > 0:
         return

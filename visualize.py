@@ -85,7 +85,7 @@ def look(config) -> Seen:
 
 
 @torch.no_grad()
-def codes_of(tokenizer: vqkd.VQKD, images: Tensor) -> Tensor:
+def codes_of(tokenizer: vqkd.VQKD | vqkd.TeacherTokenizer, images: Tensor) -> Tensor:
     """uint8 images [n, 3, S, S] -> the code of each patch, int64 [n, grid, grid]."""
     device = next(tokenizer.parameters()).device
     ids = [tokenizer.token_ids(data.to_unit(part.to(device))).cpu() for part in images.split(64)]
@@ -201,8 +201,8 @@ class PixelDecoder(nn.Module):
 
 
 @torch.enable_grad()
-def train_pixel_decoder(tokenizer: vqkd.VQKD, view: data.TrainView, steps: int, device: torch.device,
-                        workers: int = 0) -> PixelDecoder:
+def train_pixel_decoder(tokenizer: vqkd.VQKD | vqkd.TeacherTokenizer, view: data.TrainView, steps: int,
+                        device: torch.device, workers: int = 0) -> PixelDecoder:
     """Train a decoder on training crops, whose codes the frozen tokenizer gives, by the mean absolute error."""
     codebook = tokenizer.quantize.embedding.weight
     decoder = PixelDecoder(codebook.shape[1], view.size // tokenizer.grid).to(device)
@@ -631,7 +631,7 @@ class Models:
             self.opened[name] = make()
         return self.opened[name]
 
-    def tokenizer(self) -> vqkd.VQKD:
+    def tokenizer(self) -> vqkd.VQKD | vqkd.TeacherTokenizer:
         def make():
             given = self.config.pretrain.tokenizer_weights
             tokenizer = vqkd.load_tokenizer(self.config, given, "pretrain.tokenizer_weights")
