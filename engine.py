@@ -28,7 +28,7 @@ from tqdm import tqdm
 from start import (FREE_TO_CHANGE, SECTIONS, Amount, Beta, Count, Interrupted, Natural, OptimizerConfig,  # noqa: F401
                    Precision, Share, TrainConfig, UserError, all_reduce_sum, as_dict, broadcast_buffers, changed_keys,
                    cores, explained, fetch, file_sha256, gather_in_order, launch, load_config, on_main, rank, say,
-                   say_if_unfinished, setup_distributed, stage_checkpoint, world_size)
+                   say_if_unfinished, setup_distributed, signals_heard, stage_checkpoint, world_size)
 
 try:
     import fcntl
@@ -165,6 +165,7 @@ class Stop:
                        if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT}  # nohup ignores SIGHUP
 
     def hear(self, number: int, frame: Any) -> None:
+        signals_heard.add(number)
         if self.signal is None:
             self.signal, self.time = number, time.monotonic()
             if rank() == 0:

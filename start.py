@@ -50,6 +50,9 @@ def explained(what: str, advice: str, *errors: type[Exception]) -> Iterator[None
         raise UserError(f"{what} ({reason}): {advice}") from error
 
 
+signals_heard: set[int] = set()  # that asked this process to stop: engine.Stop writes them down
+
+
 class Interrupted(Exception):
     """The run was asked to stop and has saved its state."""
 
@@ -104,11 +107,14 @@ def launch(main: Callable[[], None], *expected: type[Exception]) -> None:
 def fail(sentence: str, status: int = 1) -> typing.NoReturn:
     """Say it once and leave. All ranks mostly fail alike, so the others wait, and torchrun ends them with the first.
 
-    A rank that fails because another one has gone waits too, whatever its number.
+    A rank that fails because another one has gone waits too, whatever its number. Where torchrun's SIGTERM was quicker
+    than the failure, the rank that failed first has spoken already, and this one ends in silence.
     """
     if int(os.environ.get("RANK", 0)) > 0 or sentence.startswith("another process"):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
+        if signal.SIGTERM in signals_heard:
+            os._exit(status)
     sys.stdout.flush()
     print(f"{'stopped' if status == 130 else 'error'}: {sentence}", file=sys.stderr, flush=True)
     os._exit(status)  # a plain exit would wait for loader workers and for collectives that no one answers

@@ -919,6 +919,23 @@ def test_what_one_of_two_processes_meets_is_said_once(home):
     assert_one_sentence(done, "full_two/tokenizer/last.pt", "free some space")
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_a_rank_that_was_told_to_stop_before_it_failed_is_silent(told):
+    """torchrun has ended another one, which has spoken: its signal may come before what that one's end does to this."""
+    code = f"""
+import os, signal, time, engine, start
+time.sleep = lambda seconds: None
+stop = engine.Stop("this step")
+if {told}:
+    os.kill(os.getpid(), signal.SIGTERM)
+start.fail("another process has ended, here")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=CODE, env={**os.environ, "RANK": "1"}, capture_output=True,
+                          text=True)
+    assert done.returncode == 1
+    assert ("error: another process has ended, here" in done.stderr) == (not told)
+
+
 def test_base_without_imagenet_and_network(home):
     """The message says what is missing and how to get it. No network: a proxy that nobody answers."""
     nowhere = "http://127.0.0.1:9"
