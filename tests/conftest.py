@@ -1,4 +1,4 @@
-"""What pytest must know of these tests: their marker, and a small model that two of the assignments share."""
+"""What pytest must know of these tests: their markers, and a small model that two of the assignments share."""
 
 import sys
 from pathlib import Path
@@ -13,6 +13,11 @@ import beitv2  # noqa: E402
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "assignment(n): a test of the course's assignment n, see course/README.md")
+    config.addinivalue_line("markers", "last: waits for what is computed beside the other tests, so it comes after them")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
 
 
 class MixingBlock(nn.Module):
