@@ -541,7 +541,8 @@ class VQKD(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, N, D] -> predicted teacher features [B, N, teacher_dim]."""
-        grid = codes.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # [B, D, grid, grid]
+        # contiguous: the gradient of the decoder's first convolution, 1 x 1, takes its input's strides; DDP warns of these.
+        grid = codes.transpose(1, 2).unflatten(2, (self.grid, self.grid)).contiguous()  # [B, D, grid, grid]
         # The decoder is a transformer too, so it reads the codes together: a word's meaning depends on its neighbours.
         return self.decode_task_layer(self.decoder(grid))
 

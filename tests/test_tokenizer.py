@@ -246,6 +246,15 @@ def test_a_mean_start_gives_the_mean_of_the_teacher_whatever_the_code():
     assert torch.allclose(model.decode(torch.randn(3, 16, 4)), F.normalize(mean, dim=0).expand(3, 16, 6), atol=1e-6)
 
 
+def test_gradients_have_the_strides_of_their_weights():
+    """Else DistributedDataParallel copies them, and warns in each process."""
+    model = vqkd.VQKD(64, 16, dict(embed_dim=192, depth=1, num_heads=3), dict(embed_dim=192, depth=1, num_heads=3),
+                      codebook_size=16, codebook_dim=32, teacher_dim=6)
+    model.decode(torch.randn(16, 16, 32)).sum().backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad is None or weight.grad.stride() == weight.stride(), name
+
+
 # -- teachers and codes to compare with ---------------------------------------------------------------------------
 
 
