@@ -763,6 +763,7 @@ def cluster_features(run: engine.Run, model: TeacherTokenizer, loader: data.Trai
             features = features_of(model.teacher, {key: batch[key].to(run.device) for key in batch})
         z.append(features[:, torch.randperm(model.grid**2, generator=generator)[:patches]])
     z = engine.gather_in_order(torch.cat(z)).flatten(0, 1)
+    engine.say(f"k-means of {len(z)} of the teacher's features, then the figures of its codes: minutes on a CPU")
     model.quantize.init_from(z, seed=run.config.seed, iterations=20)
 
 
