@@ -812,7 +812,8 @@ def test_a_teacher_of_another_shape_than_the_student(home):
     weights = f"pretrain.tokenizer_weights={home}/own_teacher/tokenizer/last.pt"
     start("pretrain", home, "own_teacher", *given, *changes, weights)
     assert "beitv2" in refusal("tokenizer", home, "wrong_teacher", "tokenizer.teacher=beitv2")
-    text = refusal("tokenizer", home, "wrong_teacher", *given[:1], f"tokenizer.teacher_weights={home}/published.pth")
+    torch.save({"model": checkpoint(home / "base/pretrain/last.pt")["model"]}, home / "nameless.pth")
+    text = refusal("tokenizer", home, "wrong_teacher", *given[:1], f"tokenizer.teacher_weights={home}/nameless.pth")
     assert "does not say what model it holds" in text
 
 
