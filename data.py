@@ -8,9 +8,10 @@ what needs the decoded file, or shrinks it, is done by the worker. What is the s
 done by the device, for a whole batch at once. Images travel as uint8, a quarter of the bytes of float32.
 
 Every random choice of a training sample (crop, flip, RandAugment, jitter factors, mask, erased box) is drawn in the
-worker from a generator seeded by (seed, epoch, index), and is part of the sample, also where the device carries it out.
-So samples do not depend on the number of workers, and no generator's state has to be saved. The loop's own random
-numbers (drop path, MixUp) come from generators that are seeded at each step by (seed, step, rank): see `engine.Run`.
+worker from a generator seeded by (seed, epoch, index), and is part of the sample, also where the device carries it
+out. (Fixed crops, `data.views`, are seeded otherwise: see TrainView.) So samples do not depend on the number of
+workers, and no generator's state has to be saved. The loop's own random numbers (drop path, MixUp) come from
+generators that are seeded at each step by (seed, step, rank): see `engine.Run`.
 """
 
 import functools
@@ -257,7 +258,7 @@ def heart():
     return np.stack([x, y], axis=1) / 17
 
 
-# Outlines within the unit circle, y upwards: one polygon, or a polygon and the hole in it.
+# Outlines within about the unit circle, y upwards: one polygon, or a polygon and the hole in it.
 SHAPES = {
     "circle": [arc(0.85)],
     "ring": [arc(0.95), arc(0.5)],
@@ -313,7 +314,8 @@ class Shapes:
         """The picture, and where its shape is: bool [H, W]."""
         rng = np.random.default_rng((2208_06366, self.split == "val", index))
 
-        # Where: the shape's circle has a diameter of 76 to 94 % of the image, and leaves it by 3 % at most.
+        # Where: the shape's circle has a diameter of 76 to 94 % of the image, and leaves it by 3 % at most;
+        # the tips of some shapes lie outside of the circle.
         radius = rng.uniform(0.38, 0.47)
         centre = rng.uniform(radius - 0.03, 1.03 - radius, 2)
         turn = np.radians(rng.uniform(-20, 20))
@@ -918,10 +920,11 @@ def cache_folder(config) -> Path | None:
 # ---------------------------------------------------------------------------------------------------------
 # Act 7: augmentation on the device, for a whole batch at once.
 #
-# In pre-training, student and tokenizer must look at the same pixels, jitter included. Else the codes to be predicted
-# would describe other colours than the student sees. They differ only in how they normalise: so the images stay in
-# [0, 1] until each model gets them. Everything here is arithmetic on tensors of a fixed shape. No function reads a
-# value back from the device, so the host never has to wait for it.
+# In pre-training, student and tokenizer look at the same pixels, jitter included. Else the codes to be predicted
+# would describe other colours than the student sees. (With `data.views` they do: codes are computed once, without
+# jitter.) They differ only in how they normalise: so the images stay in [0, 1] until each model gets them. Everything
+# here is arithmetic on tensors of a fixed shape. No function reads a value back from the device, so the host never
+# has to wait for it.
 # ---------------------------------------------------------------------------------------------------------
 
 

@@ -138,7 +138,7 @@ class RunConfig:
     """The keys at the top of a config, outside all sections."""
 
     output_dir: str = "runs/default"  # each stage writes OUTPUT_DIR/STAGE and looks there for the one before
-    seed: Annotated[int, 0, 2**63 - 1] = 0  # of everything: initial weights, sample order, crops, masks, drop path
+    seed: Annotated[int, 0, 2**63 - 1] = 0  # of weights, sample order, crops (not those of data.views), masks, drop path
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA if there is a GPU
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device has it, see Precision
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA
@@ -155,7 +155,7 @@ class OptimizerConfig:
     weight_decay: Amount = 0.05
     clip_grad: Amount = 0.0  # largest gradient norm; 0: not clipped
     log_every: Count = 20  # steps between two lines of metrics.jsonl: the only moments when host waits for device
-    save_every: Count = 500  # steps between two checkpoints within an epoch; one more follows each epoch
+    save_every: Count = 500  # steps between two checkpoints within an epoch, which wait for the next such line
 
 
 @dataclass

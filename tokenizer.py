@@ -2,7 +2,7 @@
 
     torchrun tokenizer.py configs/demo.yaml                                  # one process, CPU or GPU
     torchrun --nproc-per-node 8 tokenizer.py configs/base.yaml               # eight GPUs of one machine
-    torchrun tokenizer.py configs/imagenette.yaml tokenizer.codebook_size=512
+    torchrun tokenizer.py configs/imagenette.yaml tokenizer.codebook_size=1024
     torchrun tokenizer.py configs/demo.yaml tokenizer.mode=encode tokenizer.images=PHOTO_OR_FOLDER   # print their codes
 
     image -> encoder -> z, one vector per patch -> the nearest code of the codebook -> decoder -> teacher's features

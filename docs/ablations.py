@@ -1,4 +1,4 @@
-"""The paper's claims in small: one change to configs/ablations.yaml in each row of four tables, three seeds.
+"""The paper's claims in small: one change to configs/ablations.yaml in each row of four tables.
 
     python docs/ablations.py data.root=PATH tokenizer.teacher_weights=PATH     # all runs; prints the tables at the end
     python docs/ablations.py seeds=1 ...                                       # only seed 1, for a second processor
