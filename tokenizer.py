@@ -126,7 +126,7 @@ class HOG(nn.Module):
     Each patch has 2 x 2 cells; each cell counts, for each colour channel, how much gradient points into each of 9
     orientations between 0 and 180 degrees. Cells are scaled to unit length, so that contrast does not count, and
     centred: else predicting the mean histogram everywhere earns half the cosine, and small tokenizers settle for it.
-    Images in [0,1], [B, 3, S, S] -> [B, N, 4 * 3 * 9].
+    Images in [0,1], [B, 3, S, S] -> [B, N, 3 * 9 * 4].
     """
 
     orientations = 9

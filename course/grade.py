@@ -108,6 +108,7 @@ def main() -> None:
     folders = [folder for folder in arguments.folders if folder.is_dir()]
     if not folders:
         sys.exit(f"error: there is no folder '{arguments.folders[0]}': name the folder of a student's copy")
+    others = [str(path) for path in arguments.folders if path not in folders]
 
     results = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -121,6 +122,8 @@ def main() -> None:
                 print(table(folder, verdicts), flush=True)
     if arguments.json:
         print(json.dumps(results, indent=2))
+    if others:
+        sys.exit(f"error: no folder, so not graded: {', '.join(others)}")
 
 
 if __name__ == "__main__":

@@ -401,7 +401,10 @@ def test_k_means_depends_on_its_seed_alone():
 @pytest.mark.parametrize("counts, expected", [([5, 5, 5, 5], 4.0), ([7, 0, 0, 0], 1.0), ([3, 3, 0, 0], 2.0),
                                               ([6, 2, 0, 0], math.exp(-.75 * math.log(.75) - .25 * math.log(.25)))])
 def test_perplexity_says_how_many_codes_are_in_use(counts, expected):
-    found = float(vqkd.perplexity(torch.tensor(counts, dtype=torch.float64)))
+    found = vqkd.perplexity(torch.tensor(counts, dtype=torch.float64))
+    assert isinstance(found, torch.Tensor) and found.ndim == 0, \
+        f"perplexity should return a tensor without dimensions, but returns {type(found).__name__}"
+    found = found.item()
     assert math.isclose(found, expected, rel_tol=1e-4), \
         f"the perplexity of hits {counts} should be exp(entropy) = {expected:.3f}, but is {found:.3f}: with a " \
         "logarithm to base e, and 0 log 0 = 0?"

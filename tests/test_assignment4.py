@@ -58,7 +58,7 @@ def ramp(degrees: float, size: int = 32, strength: float = 0.01) -> torch.Tensor
 def test_hog_has_a_feature_for_each_patch():
     features = vqkd.HOG(8)(torch.rand(2, 3, 24, 24))
     assert features.shape == (2, 9, 108), \
-        "HOG of 3 x 3 patches should be [B, N, 4 cells * 3 colours * 9 orientations] = [2, 9, 108], but is " \
+        "HOG of 3 x 3 patches should be [B, N, 3 colours * 9 orientations * 4 cells] = [2, 9, 108], but is " \
         f"{list(features.shape)}"
 
 

@@ -168,7 +168,9 @@ def test_no_folder_to_grade(tmp_path):
 
 
 def test_points_of_two_copies_as_a_teacher_asks_for_them(copies):
-    done = run_script(CODE / "course/grade.py", copies / "blank", copies / "solved", "--assignments", "1,6", "--json")
+    done = run_script(CODE / "course/grade.py", copies / "blank", copies / "solved", copies / "bob.zip",
+                      "--assignments", "1,6", "--json")
+    assert done.returncode == 1 and f"no folder, so not graded: {copies / 'bob.zip'}" in done.stderr
     results = json.loads(done.stdout)
     blank, solved = results[str(copies / "blank")], results[str(copies / "solved")]
     assert blank["total"] == 0 and solved["total"] == 20
