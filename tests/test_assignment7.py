@@ -73,9 +73,9 @@ def test_knn_returns_a_share_of_all_queries():
     truth = torch.randint(4, (3000,))
     wrong = torch.arange(3000) % 4 == 0
     found = finetune.knn_accuracy(bank, labels, bank[truth], torch.where(wrong, (truth + 1) % 4, truth), k=1)
-    assert isinstance(found, float), f"the accuracy should be a Python float, but is a {type(found).__name__}: .item()?"
     assert abs(found - 0.75) < 1e-6, \
         f"2250 of 3000 queries are right, so the accuracy should be .75, but is {found:.4f}"
+    assert isinstance(found, float), f"the accuracy should be a Python float, but is a {type(found).__name__}: .item()?"
 
 
 # -- lr_scale -----------------------------------------------------------------------------------------------------
