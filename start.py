@@ -50,11 +50,11 @@ def explained(what: str, advice: str, *errors: type[Exception]) -> Iterator[None
         raise UserError(f"{what} ({reason}): {advice}") from error
 
 
-signals_heard: set[int] = set()  # that asked this process to stop: engine.Stop writes them down
-
-
 class Interrupted(Exception):
     """The run was asked to stop and has saved its state."""
+
+
+signals_heard: set[int] = set()  # those that asked this process to stop; engine.Stop adds them, `fail` looks here
 
 
 class Unbreakable:
@@ -110,13 +110,13 @@ def fail(sentence: str, status: int = 1) -> typing.NoReturn:
     A rank that fails because another one has gone waits too, whatever its number. Where torchrun's SIGTERM was quicker
     than the failure, the rank that failed first has spoken already, and this one ends in silence.
     """
-    if int(os.environ.get("RANK", 0)) > 0 or sentence.startswith("another process"):
+    waits = int(os.environ.get("RANK", 0)) > 0 or sentence.startswith("another process")
+    if waits:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
-        if signal.SIGTERM in signals_heard:
-            os._exit(status)
     sys.stdout.flush()
-    print(f"{'stopped' if status == 130 else 'error'}: {sentence}", file=sys.stderr, flush=True)
+    if not (waits and signal.SIGTERM in signals_heard):
+        print(f"{'stopped' if status == 130 else 'error'}: {sentence}", file=sys.stderr, flush=True)
     os._exit(status)  # a plain exit would wait for loader workers and for collectives that no one answers
 
 
@@ -155,7 +155,7 @@ class OptimizerConfig:
     weight_decay: Amount = 0.05
     clip_grad: Amount = 0.0  # largest gradient norm; 0: not clipped
     log_every: Count = 20  # steps between two lines of metrics.jsonl: the only moments when host waits for device
-    save_every: Count = 500  # steps between two checkpoints within an epoch, which wait for the next such line
+    save_every: Count = 500  # steps between two checkpoints within an epoch, at the next line of metrics.jsonl
 
 
 @dataclass

@@ -519,6 +519,10 @@ class VQKD(nn.Module):
         # The decoder's "image" is the grid of codes, each a patch of one "pixel" with D channels.
         self.grid, self.patch_size = self.encoder.grid, patch_size
         self.decoder = PatchTransformer(image_size=self.grid, patch_size=1, in_channels=codebook_dim, **decoder)
+        # Weights in the order in which this "image" lies in memory, pixel after pixel, as their gradients will be: DDP warns
+        # where the two differ.
+        proj = self.decoder.patch_embed.proj
+        proj.weight = nn.Parameter(proj.weight.detach().clone(memory_format=torch.channels_last))
         width, decoder_width = encoder["embed_dim"], decoder["embed_dim"]
         # Two small networks change the width, from the encoder's to D and from the decoder's to the teacher's.
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, codebook_dim))
@@ -541,8 +545,7 @@ class VQKD(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, N, D] -> predicted teacher features [B, N, teacher_dim]."""
-        # contiguous: the gradient of the decoder's first convolution, 1 x 1, takes its input's strides; DDP warns of these.
-        grid = codes.transpose(1, 2).unflatten(2, (self.grid, self.grid)).contiguous()  # [B, D, grid, grid]
+        grid = codes.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # [B, D, grid, grid]
         # The decoder is a transformer too, so it reads the codes together: a word's meaning depends on its neighbours.
         return self.decode_task_layer(self.decoder(grid))
 

@@ -1,8 +1,8 @@
 """Pictures of what a run has learned, on one page that needs nothing but a browser: OUTPUT_DIR/report.html.
 
-    python visualize.py configs/demo.yaml                            # everything that the run has so far
+    python visualize.py configs/demo.yaml                              # everything that the run has so far
     python visualize.py configs/demo.yaml 'visualize.codes=[3,17,42]'  # chosen codes, not the most used
-    python visualize.py runs/a runs/b runs/c                         # a table and the curves of runs
+    python visualize.py runs/a runs/b runs/c                           # a table and the curves of runs
 
 Functions come in pairs: one computes numbers (which patch has which code, which token attends to which), one draws
 them. What a run lacks is left out, with a line that says which command adds it.

@@ -2,8 +2,8 @@
 
     python docs/demo.py configs/demo.yaml [section.key=value ...]
 
-The same as the commands at the top of configs/demo.yaml, which start Python anew for each step; but no segmentation,
-and pictures besides. Stopped with Ctrl-C, it goes on with the same command; steps that are done say so.
+The same as the commands at the top of configs/demo.yaml, which start Python anew for each step, but with a page of
+pictures instead of segmentation. Stopped with Ctrl-C, it goes on with the same command; steps that are done say so.
 """
 
 import sys

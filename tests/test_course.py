@@ -32,7 +32,7 @@ def run_script(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def copies(tmp_path_factory) -> Path:
     """A folder with two students' copies: `blank`, and `solved`."""
     folder = tmp_path_factory.mktemp("copies")
@@ -43,7 +43,7 @@ def copies(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def verdicts(request, tmp_path_factory, copies):
+def verdicts(request, tmp_path_factory):
     """{id of a test's parameters: a future of the verdict that it asks for}, for all tests of this session.
 
     They are graded on the cores that the other tests leave idle (conftest.py puts those that ask for them at the end),
@@ -52,16 +52,14 @@ def verdicts(request, tmp_path_factory, copies):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torchvision.datasets", "torchvision.transforms.v2", "run_tests"])
 
-    def judge(number: int, what: str | int | dict) -> dict:
+    def judge(number: int, wrong: list[int] | dict) -> dict:
         place = tmp_path_factory.mktemp("work")
         answer, workplace, submission = place / "answer.json", place / "work", place / "submission"
         workplace.mkdir()
-        if what in ("blank", "solved"):
-            submission = copies / what
-        elif isinstance(what, int):
-            handout.write_copy(submission, [other for other in handout.ASSIGNMENTS if other != what])
+        if isinstance(wrong, list):
+            handout.write_copy(submission, wrong)
         else:
-            write_mistake(submission, number, what)
+            write_mistake(submission, number, wrong)
         order = dict(assignment=number, submission=str(submission), workplace=str(workplace), answer=str(answer),
                      secret="")
         process = context.Process(target=run_tests.obey, args=(order,))
@@ -71,13 +69,17 @@ def verdicts(request, tmp_path_factory, copies):
 
     pool = ThreadPoolExecutor(max(1, os.cpu_count() - 1))
     asked = [item.callspec for item in request.session.items if item.get_closest_marker("last")]
-    yield {call.id: pool.submit(judge, call.params["number"], call.params["what"]) for call in asked}
+    yield {call.id: pool.submit(judge, call.params["number"], call.params["wrong"]) for call in asked}
     pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture
 def verdict(request, verdicts) -> dict:
-    """Of the tests of assignment `number` on the submission `what`, which are parameters of the test that asks."""
+    """Of the tests of an assignment on a submission, for a test with these parameters:
+
+    number    the assignment
+    wrong     what is wrong with the submission: the assignments that are left blank, or one of MISTAKES
+    """
     return verdicts[request.node.callspec.id].result()
 
 
@@ -182,19 +184,19 @@ def test_points_of_two_copies_as_a_teacher_asks_for_them(copies):
 
 @pytest.mark.last
 @pytest.mark.parametrize("number", handout.ASSIGNMENTS)
-@pytest.mark.parametrize("what", ["blank", "solved"])
-def test_a_blank_copy_has_no_points_and_a_solved_one_all(number, what, verdict):
-    assert verdict["passed"] == (verdict["tests"] if what == "solved" else 0) and verdict["tests"] > 0, verdict
-    assert what == "solved" or verdict["says"].startswith(f"not written yet: assignment {number}: "), verdict
+@pytest.mark.parametrize("wrong", [pytest.param(list(handout.ASSIGNMENTS), id="blank"), pytest.param([], id="solved")])
+def test_a_blank_copy_has_no_points_and_a_solved_one_all(number, wrong, verdict):
+    assert verdict["passed"] == (0 if wrong else verdict["tests"]) and verdict["tests"] > 0, verdict
+    assert not wrong or verdict["says"].startswith(f"not written yet: assignment {number}: "), verdict
 
 
 @pytest.mark.last
-@pytest.mark.parametrize("number, what", [
-    pytest.param(number, filled, id=f"{number}-when {filled} is filled in")
+@pytest.mark.parametrize("number, wrong", [
+    pytest.param(number, sorted(handout.ASSIGNMENTS.keys() - {filled}), id=f"{number}-when {filled} is filled in")
     for filled, assignment in handout.ASSIGNMENTS.items() for number, other in handout.ASSIGNMENTS.items()
     if set(assignment.functions) & set(other.functions)])  # where they share no file, all is that of a blank copy
-def test_one_assignment_filled_in_gives_its_points_alone(number, what, verdict):
-    assert (verdict["passed"] > 0) == (number == what), verdict
+def test_one_assignment_filled_in_gives_its_points_alone(number, wrong, verdict):
+    assert (verdict["passed"] > 0) == (number not in wrong), verdict
 
 
 def section_of(number: int) -> str:
@@ -289,11 +291,11 @@ def write_mistake(folder: Path, number: int, mistake: dict) -> None:
 
 
 @pytest.mark.last
-@pytest.mark.parametrize("number, what", [pytest.param(number, mistake, id=f"{number}-{mistake['mistake'][:50]}")
-                                          for number, mistakes in MISTAKES.items() for mistake in mistakes])
-def test_each_mistake_is_caught_and_its_message_says_why(number, what, verdict):
-    assert verdict["passed"] < verdict["tests"], f"nobody notices: {what['mistake']}"
-    assert any(words in verdict["says"] for words in what["caught"].split("|")), verdict["says"]
+@pytest.mark.parametrize("number, wrong", [pytest.param(number, mistake, id=f"{number}-{mistake['mistake'][:50]}")
+                                           for number, mistakes in MISTAKES.items() for mistake in mistakes])
+def test_each_mistake_is_caught_and_its_message_says_why(number, wrong, verdict):
+    assert verdict["passed"] < verdict["tests"], f"nobody notices: {wrong['mistake']}"
+    assert any(words in verdict["says"] for words in wrong["caught"].split("|")), verdict["says"]
 
 
 def test_there_are_six_mistakes_for_each_assignment():
@@ -374,8 +376,7 @@ def test_a_source_that_cannot_be_read(missing, copies, tmp_path):
     verdict = grade.grade(tmp_path / "copy", 2)
     says = "no data.py" if missing != "no text" else "UnicodeDecodeError"
     assert verdict["points"] == 0 and says in verdict["says"], verdict
-    if missing == "gone":
-        assert grade.grade(tmp_path / "copy", 6)["points"] == 10, "which does not need that file"
+    assert grade.grade(tmp_path / "copy", 6)["points"] == 10, "which does not need that file"
 
 
 def test_the_table_names_what_is_missing():
