@@ -79,6 +79,7 @@ class Unbreakable:
 def launch(main: Callable[[], None], *expected: type[Exception]) -> None:
     """Run a script's `main`. UserError and the `expected` errors print one sentence and exit with 1."""
     sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    sys.excepthook = leave_with_traceback
     try:
         main()
     except (UserError, *expected) as error:
@@ -102,6 +103,13 @@ def launch(main: Callable[[], None], *expected: type[Exception]) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def leave_with_traceback(*error: Any) -> typing.NoReturn:
+    """An error that nobody foresaw, such as one in code that you have just changed: show where it is, and leave."""
+    sys.__excepthook__(*error)
+    sys.stdout.flush()
+    os._exit(1)  # Python itself would tell loader workers to end by SIGTERM, which they ignore, and wait for ever
 
 
 def fail(sentence: str, status: int = 1) -> typing.NoReturn:

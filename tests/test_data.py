@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -243,12 +244,29 @@ def test_more_ranks_than_images():
 def test_workers_leave_signals_to_the_parent(number):
     loader = data.TrainLoader(data.TrainView(shapes(count=40), 0, 16), 2, seed=1, workers=2)
     epoch = loader.epoch(0)
-    batches = [next(epoch)]
+    batches = [next(epoch), next(epoch)]  # one of each worker: so both have started, and ignore the signals
     workers = [process for process in multiprocessing.active_children() if process.daemon]  # others: test_course.py's
     assert len(workers) == 2
     for worker in workers:
         os.kill(worker.pid, number)
     assert len(batches + list(epoch)) == 20
+
+
+def test_an_unforeseen_error_ends_the_run_although_workers_ignore_signals():
+    """Python would wait for the workers for ever: the traceback holds the loader, and so they are not told to end."""
+    code = """
+import data, start, tests.test_data as these
+
+def main():
+    loader = data.TrainLoader(data.TrainView(these.shapes(), 0, 16), 2, seed=1, workers=2)
+    for batch in loader.epoch(0):
+        batch["a typing error"]
+
+start.launch(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent, capture_output=True, text=True,
+                          timeout=100)
+    assert done.returncode == 1 and done.stderr.rstrip().endswith("KeyError: 'a typing error'")
 
 
 def test_the_loader_leaves_the_default_generator_alone():
