@@ -1,8 +1,11 @@
-"""How much memory a training step takes on a GPU, counted without one. Made the table in README, "On GPUs".
+"""How much memory a training step takes on a GPU. Made the tables in README, "On GPUs".
 
-    python docs/memory.py configs/base.yaml configs/large.yaml
+    python docs/memory.py configs/base.yaml configs/large.yaml                   (more options: compile=false)
 
-The step runs on fake tensors, which have a shape and a type but no numbers, so that nothing is computed. We add up the
+Where there is a GPU, the step runs on it, and its memory and speed are measured, with the `device_batch_size` of the
+config. The images are there already: loading them is not measured.
+
+Without a GPU the memory is counted. The step runs on fake tensors, which have a shape and a type but no numbers, so that nothing is computed. We add up the
 bytes of all tensors that live at the same time: weights, gradients, the state of AdamW, what the backward pass needs
 again, half-precision copies, frozen networks. What a real GPU needs on top is not counted: CUDA itself (about half a
 GB), gaps between tensors, scratch space inside kernels. What torch.compile saves is not counted either.
@@ -12,8 +15,10 @@ the same.
 """
 
 import sys
+import time
 import weakref
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +75,10 @@ def memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tenso
 # Each stage's forward pass as in its script: returns the model, and a function from images in [0,1] to the loss.
 
 
+def half_precision() -> torch.autocast:
+    return torch.autocast(torch.get_default_device().type, torch.bfloat16)
+
+
 def tokenizer_stage(config):
     name = config.tokenizer.teacher
     grid = config.data.image_size // config.model.patch_size
@@ -77,7 +86,7 @@ def tokenizer_stage(config):
     model = vqkd.build_vqkd(config, teacher.output_dim)
 
     def loss_of(images: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             cosine_loss, commitment_loss, _ = model(images, teacher(images))
             return cosine_loss + commitment_loss
 
@@ -92,7 +101,7 @@ def pretrain_stage(config):
     def loss_of(images: Tensor) -> Tensor:
         images = data.color_jitter(images, torch.ones(len(images), 3))
         masked = masked_positions(torch.ones(len(images), model.num_patches, dtype=torch.bool), cfg.num_masked)
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             codes = tokenizer.token_ids(images).gather(1, masked)
             logits, head_logits = model(data.normalize(images), masked)
         losses = [pretrain.cross_entropy(given, codes)[0] for given in (logits, head_logits) if given is not None]
@@ -107,7 +116,7 @@ def finetune_stage(config):
                        **config.model.backbone(config.data.image_size))
 
     def loss_of(images: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             logits = model(data.normalize(images))
         return F.cross_entropy(logits.float(), torch.ones(len(images), classes), label_smoothing=cfg.label_smoothing)
 
@@ -117,22 +126,53 @@ def finetune_stage(config):
 STAGES = {"tokenizer": tokenizer_stage, "pretrain": pretrain_stage, "finetune": finetune_stage}
 
 
+def training_step(config, stage: str, images: int) -> Callable[[], None]:
+    """A step of `stage` with micro-batches of so many images, on the default device; all that it needs is there."""
+    cfg = getattr(config, stage)
+    model, loss_of = STAGES[stage](config)
+    optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay), cfg)
+    # AdamW's state comes with the first step, and from a step's second micro-batch on there are gradients too.
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    batch = torch.zeros(images, 3, config.data.image_size, config.data.image_size, dtype=torch.uint8)
+    if torch.get_default_device().type == "cuda" and config.compile != "false":
+        model.compile()  # in place; as engine.Run.prepare does
+
+    def step() -> None:
+        loss_of(data.to_unit(batch)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad or torch.inf)
+        optimizer.step()
+
+    return step
+
+
+def measure(config, stage: str) -> tuple[float, float]:
+    """GB (10^9 bytes) that tensors on the GPU take at most in a step of `stage`, and images per second."""
+    images = getattr(config, stage).device_batch_size
+    with torch.device("cuda"):
+        step = training_step(config, stage, images)
+        for _ in range(3):  # the first ones choose kernels and compile
+            step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        begin = time.perf_counter()
+        for _ in range(10):
+            step()
+        torch.cuda.synchronize()
+        speed = 10 * images / (time.perf_counter() - begin)
+    data.channels.cache_clear()  # so that the next stage finds an empty GPU
+    torch.compiler.reset()
+    return torch.cuda.max_memory_allocated() / 1e9, speed
+
+
 def step_memory(config, stage: str, images: int) -> float:
-    """GB (10^9 bytes) that a GPU holds at most in a training step of `stage` with micro-batches of so many images."""
-    cfg, attention = getattr(config, stage), F.scaled_dot_product_attention
+    """GB that a GPU would hold at most in a step of `stage` with micro-batches of so many images, counted without it."""
+    attention = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = memory_efficient_attention
     try:
         with FakeTensorMode(), PeakMemory() as memory:
-            model, loss_of = STAGES[stage](config)
-            optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay), cfg)
-            # AdamW's state comes with the first step, and from a step's second micro-batch on there are gradients too.
-            for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-            optimizer.step()
-            batch = torch.empty(images, 3, config.data.image_size, config.data.image_size, dtype=torch.uint8)
-            loss_of(data.to_unit(batch)).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad or torch.inf)
-            optimizer.step()
+            training_step(config, stage, images)()
     finally:
         F.scaled_dot_product_attention = attention
         data.channels.cache_clear()  # it holds fake tensors
@@ -140,16 +180,23 @@ def step_memory(config, stage: str, images: int) -> float:
 
 
 def main() -> None:
-    files = sys.argv[1:]
-    print(f"| GB per GPU | {' | '.join(f'{images} images' for images in IMAGES)} |")
-    print("|---" * (1 + len(IMAGES)) + "|")
+    files = [word for word in sys.argv[1:] if "=" not in word]
+    options = [word for word in sys.argv[1:] if "=" in word]
+    columns = [f"{images} images" for images in IMAGES]
+    if on_gpu := torch.cuda.is_available():
+        columns = ["images", "GB", "images per second"]
+    print(f"| GB per GPU | {' | '.join(columns)} |" + "\n" + "|---" * (1 + len(columns)) + "|")
     for file in files:
         for stage in STAGES:
             for recomputed in (False, True):
                 if stage == "tokenizer" and (recomputed or file != files[0]):
                     continue  # it always keeps its activations, and is the same in both configs
-                config = engine.load_config(SECTIONS, [file, f"model.checkpoint_activations={recomputed}"])
-                row = " | ".join(f"{step_memory(config, stage, images):.1f}" for images in IMAGES)
+                config = engine.load_config(SECTIONS, [file, f"model.checkpoint_activations={recomputed}", *options])
+                if on_gpu:
+                    size, speed = measure(config, stage)
+                    row = f"{getattr(config, stage).device_batch_size} | {size:.1f} | {speed:,.0f}"
+                else:
+                    row = " | ".join(f"{step_memory(config, stage, images):.1f}" for images in IMAGES)
                 title = f"{Path(file).stem}, {stage}{', checkpoint_activations' if recomputed else ''}"
                 print(f"| {title} | {row} |", flush=True)
 
