@@ -314,6 +314,7 @@ class Run:
         self.record = self.metrics.record
         self.recent_losses: list[float] = []  # of the window before, to be told if the next one breaks
         self.notes: dict[str, Any] = {}  # plain values to go with every checkpoint, such as the classes' names
+        self.source: Path | None = None  # the earlier stage's checkpoint from which this one begins
         self.parallel: nn.Module | None = None  # what `prepare` made
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -340,6 +341,7 @@ class Run:
             raise UserError(f"the training set is smaller than one batch of {self.train.batch_size} images: "
                             f"lower {self.section}.batch_size or add images")
         self.total_steps = self.train.epochs * self.steps_per_epoch
+        self.source_digest = on_main(lambda: file_sha256(self.source)) if self.source else ""
         if on_main(self.occupy_folder):  # one rank decides: all go on, or all start anew
             self.resume(read_checkpoint(self.checkpoint_file))
         if self.epochs_done >= self.train.epochs:
@@ -404,6 +406,10 @@ class Run:
         if state["steps_per_epoch"] != self.steps_per_epoch:
             raise UserError(f"{file} was made with {state['steps_per_epoch']} steps per epoch, and these training "
                             f"images make {self.steps_per_epoch}: go back to the same images to continue, or {anew}")
+        if state.get("source", self.source_digest) != self.source_digest:  # else old figures would pass for those of now
+            raise UserError(f"{file} began from weights that '{self.source}' does not hold any more, because that "
+                            f"stage has gone on or was run anew: remove the folder '{self.folder}' to begin from the "
+                            f"weights of now, or choose another output_dir")
         for name, part in self.parts.items():  # another number of classes is what does not fit, mostly
             with explained(f"{file} does not fit this {name}", f"go back to the same data set to continue, or {anew}",
                            RuntimeError, ValueError):
@@ -426,7 +432,7 @@ class Run:
         if rank() == 0:
             parts = {name: part.state_dict() for name, part in self.parts.items()}
             about = dict(scaler=self.precision.scaler.state_dict(), stage=self.stage, config=as_dict(self.config),
-                         epochs=self.train.epochs, steps_per_epoch=self.steps_per_epoch)
+                         epochs=self.train.epochs, steps_per_epoch=self.steps_per_epoch, source=self.source_digest)
             save_atomically(parts | self.notes | self.progress() | about, self.checkpoint_file)
             if self.metrics.board is not None:
                 self.metrics.board.flush()

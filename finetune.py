@@ -107,7 +107,7 @@ def finetune(config) -> None:
                        **config.model.backbone(size))
     # The backbone comes from pre-training: its one bias table is copied into every block. Mask token, output layer and
     # aggregation head are dropped. `fc_norm` and `head` stay as initialised.
-    load_weights(config, model, train_set.classes)
+    run.source = load_weights(config, model, train_set.classes)
     model.to(run.device)
     parallel = run.prepare(model)
     # Layer decay: each layer learns at `layer_decay` times the rate of the layer above it. Early layers see edges and
@@ -239,7 +239,7 @@ def open_backbone(run: engine.Run) -> nn.Module:
     """
     config = run.config
     model = VisionTransformer(**config.model.backbone(config.data.image_size))
-    load_weights(config, model)
+    run.source = load_weights(config, model)
     return model.requires_grad_(False).eval().to(run.device)
 
 
@@ -569,14 +569,16 @@ def stage_folder(cfg: FinetuneConfig) -> str:
     return cfg.mode + ("_scratch" if cfg.weights == "none" else "")
 
 
-def load_weights(config, model: nn.Module, classes: list[str] | None = None) -> None:
-    """Load `finetune.weights` into the model, or what this experiment's stage 2 has written. `none` loads nothing.
+def load_weights(config, model: nn.Module, classes: list[str] | None = None) -> Path | None:
+    """Load `finetune.weights` into the model, or what this experiment's stage 2 has written. Returns the file's path.
+
+    `none` loads nothing.
 
     If the checkpoint was fine-tuned for other `classes`, its head is not loaded, even if the number of classes is the
     same: its outputs would stand for the wrong classes.
     """
     if config.finetune.weights == "none":
-        return
+        return None
     path = engine.stage_checkpoint(config, "pretrain", config.finetune.weights, "finetune.weights")
     content = read_model(path, "model", config.model)
     engine.say_if_unfinished(content, path)
@@ -590,6 +592,7 @@ def load_weights(config, model: nn.Module, classes: list[str] | None = None) -> 
     report = load_pretrained(model, {name: state[name] for name in state if name not in head}, source=str(path))
     report.dropped += head
     engine.say(report)
+    return path
 
 
 def open_val_loader(run: engine.Run, dataset, strict=True) -> data.ValLoader:

@@ -81,7 +81,8 @@ def main() -> None:
     # Only `model`, the student, learns. `parallel` is the same model, compiled and synchronised between processes if
     # asked for. `run` (engine.Run) knows processes, devices, the log and checkpoints; none of that changes the method.
     train_set, val_set = data.open_datasets(config.data)
-    tokenizer = vqkd.load_tokenizer(config, cfg.tokenizer_weights, "pretrain.tokenizer_weights").to(run.device)
+    run.source = engine.stage_checkpoint(config, "tokenizer", cfg.tokenizer_weights, "pretrain.tokenizer_weights")
+    tokenizer = vqkd.load_tokenizer(config, run.source).to(run.device)
     model = build_model(config).to(run.device)
     parallel = run.prepare(model)
     optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay), cfg)

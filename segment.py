@@ -464,10 +464,10 @@ def main() -> None:
         print_table(evaluate(run, model.to(run.device), val_loader, cfg.classes, painted), cfg.classes)
         return
     if cfg.weights != "none":
-        path = engine.stage_checkpoint(config, "pretrain", cfg.weights, "segment.weights")
-        content = read_model(path, "model", config.model)
-        engine.say_if_unfinished(content, path)
-        engine.say(load_pretrained(model, content, source=str(path)))
+        run.source = engine.stage_checkpoint(config, "pretrain", cfg.weights, "segment.weights")
+        content = read_model(run.source, "model", config.model)
+        engine.say_if_unfinished(content, run.source)
+        engine.say(load_pretrained(model, content, source=str(run.source)))
     model.to(run.device)
     parallel = run.prepare(model)
     optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay, cfg.layer_decay), cfg)

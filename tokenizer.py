@@ -602,9 +602,8 @@ def build_teacher_tokenizer(config, teacher: nn.Module) -> TeacherTokenizer:
     return TeacherTokenizer(teacher, config.data.image_size // config.model.patch_size, config.tokenizer.codebook_size)
 
 
-def load_tokenizer(config, weights: str, key: str) -> "VQKD | TeacherTokenizer":
-    """A trained tokenizer, frozen: from `weights` (path or URL), or from this experiment's own stage 1."""
-    path = engine.stage_checkpoint(config, "tokenizer", weights, key)
+def load_tokenizer(config, path: Path) -> "VQKD | TeacherTokenizer":
+    """The trained tokenizer of a checkpoint, frozen."""
     content = read_model(path, "tokenizer", config.tokenizer)
     if config.tokenizer.encoder == "teacher":
         model = build_teacher_tokenizer(config, open_teacher(config))
@@ -875,7 +874,8 @@ def encode(config) -> None:
     images = data.open_files(cfg.images)
     loader = data.ValLoader(data.ValView(images, config.data.image_size), cfg.device_batch_size or 64,
                             workers=min(config.data.workers, len(images)))
-    model = load_tokenizer(config, cfg.weights, "tokenizer.weights").to(device)
+    path = engine.stage_checkpoint(config, "tokenizer", cfg.weights, "tokenizer.weights")
+    model = load_tokenizer(config, path).to(device)
     precision, ids = engine.Precision(config.precision, device), []
     for batch in loader:
         with precision.autocast():

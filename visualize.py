@@ -634,7 +634,8 @@ class Models:
     def tokenizer(self) -> vqkd.VQKD | vqkd.TeacherTokenizer:
         def make():
             given = self.config.pretrain.tokenizer_weights
-            tokenizer = vqkd.load_tokenizer(self.config, given, "pretrain.tokenizer_weights")
+            path = engine.stage_checkpoint(self.config, "tokenizer", given, "pretrain.tokenizer_weights")
+            tokenizer = vqkd.load_tokenizer(self.config, path)
             self.seen.ids = codes_of(tokenizer.to(self.device), self.seen.images)
             return tokenizer
         return self.once("tokenizer", make)

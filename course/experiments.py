@@ -114,7 +114,8 @@ def swap(run: str) -> None:
     config = pretrain.engine.load_config(pretrain.SECTIONS, ["configs/demo.yaml", f"output_dir={run}"])
     for name in ("num_masked", "min_block", "early_layers", "head_layers", "shared_lm_head"):
         setattr(config.pretrain, name, saved[name])
-    tokenizer = vqkd.load_tokenizer(config, saved["tokenizer_weights"], "pretrain.tokenizer_weights")
+    path = pretrain.engine.stage_checkpoint(config, "tokenizer", saved["tokenizer_weights"], "pretrain.tokenizer_weights")
+    tokenizer = vqkd.load_tokenizer(config, path)
     model = pretrain.build_model(config).eval()
     beitv2.load_pretrained(model, checkpoint)
     size = config.data.image_size

@@ -62,6 +62,7 @@ def start(monkeypatch, tmp_path):
     def run(script: str, *changes: str, file: str | Path = tmp_path / "tiny.yaml") -> Path:
         (tmp_path / "tiny.yaml").write_text(TINY)
         monkeypatch.setattr(vqkd, "load_tokenizer", untrained_tokenizer)
+        monkeypatch.setattr(engine, "stage_checkpoint", lambda *_: tmp_path / "tiny.yaml")  # any file that is there
         monkeypatch.setattr(sys, "argv", [f"{script}.py", str(file), f"output_dir={tmp_path}", *changes])
         SCRIPTS[script].main()
         return tmp_path

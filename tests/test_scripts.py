@@ -326,7 +326,7 @@ def test_kmeans_codes_of_the_teacher(home, two_ranks, monkeypatch):
     assert two_ranks.get("teacher") == "done" and two_ranks.get("teacher_pretrain") == "done"
     assert_same_run(one / "tokenizer", two / "tokenizer")
     assert_same_run(one / "pretrain", two / "pretrain")
-    codes = {name: tokenizer.load_tokenizer(config_of(home, *TEACHER_CODES), f"{home}/{name}/tokenizer/last.pt", "")
+    codes = {name: tokenizer.load_tokenizer(config_of(home, *TEACHER_CODES), home / name / "tokenizer/last.pt")
              for name in ("teacher", "two_teacher")}
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(codes["teacher"].token_ids(images), codes["two_teacher"].token_ids(images))
@@ -356,6 +356,23 @@ def test_a_cache_changes_no_figure(home, stage):
                         for name, where in (("cached", ""), ("computed", "none")))
     assert (home / "cached/cache").is_dir() and not (home / "computed/cache").exists()
     assert metrics(cached) and not differences(metrics(cached), metrics(computed), 1e-3)
+
+
+@pytest.mark.parametrize("script, earlier, changes", [
+    ("pretrain", "tokenizer", []), ("finetune", "pretrain", []), ("finetune", "pretrain", ["finetune.mode=linear_probe"]),
+    ("segment", "pretrain", [])])
+def test_a_stage_goes_on_only_from_the_weights_that_it_began_with(home, tmp_path, script, earlier, changes):
+    """A probe of a run in its middle would else pass for one of its end, with "finished already"."""
+    weights = tmp_path / "earlier.pt"
+    shutil.copy(home / "base" / earlier / "last.pt", weights)
+    key = "tokenizer_weights" if script == "pretrain" else "weights"
+    given = [script, home, tmp_path / "run", *changes, f"{script}.{key}={weights}"]
+    start(*given)
+    start(*given)  # the same weights: finished already
+    content = torch.load(weights, weights_only=True)
+    next(value for name, value in content["model"].items() if name.endswith("weight")).add_(1e-3)
+    torch.save(content, weights)
+    assert f"'{weights}' does not hold any more" in refusal(*given)
 
 
 @pytest.mark.parametrize("stage, peak, end, warmup", [
