@@ -182,10 +182,10 @@ def step_memory(config, stage: str, images: int) -> float:
 def main() -> None:
     files = [word for word in sys.argv[1:] if "=" not in word]
     options = [word for word in sys.argv[1:] if "=" in word]
-    columns = [f"{images} images" for images in IMAGES]
+    columns = ["GB per GPU"] + [f"{images} images" for images in IMAGES]
     if on_gpu := torch.cuda.is_available():
-        columns = ["images", "GB", "images per second"]
-    print(f"| GB per GPU | {' | '.join(columns)} |" + "\n" + "|---" * (1 + len(columns)) + "|")
+        columns = ["measured", "images", "GB", "images per second"]
+    print(f"| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
     for file in files:
         for stage in STAGES:
             for recomputed in (False, True):
