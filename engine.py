@@ -406,7 +406,8 @@ class Run:
         if state["steps_per_epoch"] != self.steps_per_epoch:
             raise UserError(f"{file} was made with {state['steps_per_epoch']} steps per epoch, and these training "
                             f"images make {self.steps_per_epoch}: go back to the same images to continue, or {anew}")
-        if state.get("source", self.source_digest) != self.source_digest:  # else old figures would pass for those of now
+        # Else a probe of unfinished pre-training would later pass for one of the finished one.
+        if state.get("source", self.source_digest) != self.source_digest:
             raise UserError(f"{file} began from weights that '{self.source}' does not hold any more, because that "
                             f"stage has gone on or was run anew: remove the folder '{self.folder}' to begin from the "
                             f"weights of now, or choose another output_dir")

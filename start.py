@@ -85,8 +85,9 @@ def launch(main: Callable[[], None], *expected: type[Exception]) -> None:
     except (UserError, *expected) as error:
         fail(" ".join(str(error).split()))
     except torch.OutOfMemoryError:
-        fail("the device is out of memory: set a smaller device_batch_size (gradients are accumulated; of the result only "
-             "rounding and random numbers change, and in segment.py BatchNorm's statistics), or model.checkpoint_activations=true")
+        fail("the device is out of memory: set a smaller device_batch_size (gradients are accumulated; of the result "
+             "only rounding and random numbers change, and in segment.py BatchNorm's statistics), or "
+             "model.checkpoint_activations=true")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise

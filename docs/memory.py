@@ -5,10 +5,11 @@
 Where there is a GPU, the step runs on it, and its memory and speed are measured, with the `device_batch_size` of the
 config. The images are there already: loading them is not measured.
 
-Without a GPU the memory is counted. The step runs on fake tensors, which have a shape and a type but no numbers, so that nothing is computed. We add up the
-bytes of all tensors that live at the same time: weights, gradients, the state of AdamW, what the backward pass needs
-again, half-precision copies, frozen networks. What a real GPU needs on top is not counted: CUDA itself (about half a
-GB), gaps between tensors, scratch space inside kernels. What torch.compile saves is not counted either.
+Without a GPU the memory is counted. The step runs on fake tensors, which have a shape and a type but no numbers, so
+that nothing is computed. We add up the bytes of all tensors that live at the same time: weights, gradients, the state
+of AdamW, what the backward pass needs again, half-precision copies, frozen networks. What a real GPU needs on top is
+not counted: CUDA itself (about half a GB), gaps between tensors, scratch space inside kernels. What torch.compile saves
+is not counted either.
 
 The tensors claim to be on the CPU, because PyTorch runs no backward pass on a GPU that is not there. Their sizes are
 the same.
