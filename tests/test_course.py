@@ -52,24 +52,30 @@ def verdicts(request, tmp_path_factory):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torchvision.datasets", "torchvision.transforms.v2", "run_tests"])
 
-    def judge(number: int, wrong: list[int] | dict) -> dict:
+    def hand_in(number: int, wrong: list[int] | dict) -> Path:
         place = tmp_path_factory.mktemp("work")
-        answer, workplace, submission = place / "answer.json", place / "work", place / "submission"
-        workplace.mkdir()
+        (place / "work").mkdir()
         if isinstance(wrong, list):
-            handout.write_copy(submission, wrong)
+            handout.write_copy(place / "submission", wrong)
         else:
-            write_mistake(submission, number, wrong)
-        order = dict(assignment=number, submission=str(submission), workplace=str(workplace), answer=str(answer),
-                     secret="")
+            write_mistake(place / "submission", number, wrong)
+        return place
+
+    def judge(number: int, place: Path) -> dict:
+        answer = place / "answer.json"
+        order = dict(assignment=number, submission=str(place / "submission"), workplace=str(place / "work"),
+                     answer=str(answer), secret="")
         process = context.Process(target=run_tests.obey, args=(order,))
         process.start()
         process.join(120)
         return json.loads(answer.read_text())
 
-    pool = ThreadPoolExecutor(max(1, os.cpu_count() - 1))
     asked = [item.callspec for item in request.session.items if item.get_closest_marker("last")]
-    yield {call.id: pool.submit(judge, call.params["number"], call.params["wrong"]) for call in asked}
+    # All are written before any thread begins: two that parse Python at the same time can disturb each other (in 3.11, a
+    # SystemError about recursion depth).
+    places = {call.id: hand_in(call.params["number"], call.params["wrong"]) for call in asked}
+    pool = ThreadPoolExecutor(max(1, os.cpu_count() - 1))
+    yield {call.id: pool.submit(judge, call.params["number"], places[call.id]) for call in asked}
     pool.shutdown(cancel_futures=True)
 
 

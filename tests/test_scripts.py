@@ -128,6 +128,7 @@ def metrics(stage: Path) -> list[dict]:
 def checkpoint(file: Path) -> dict:
     content = torch.load(file, weights_only=True)
     content.pop("config")  # names another output_dir
+    content.pop("source", None)  # the digest of the stage before, whose file names its output_dir too
     return content
 
 
