@@ -73,11 +73,11 @@ def memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tenso
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, torch.is_grad_enabled())[0]
 
 
-# Each stage's forward pass as in its script: returns the model, and a function from images in [0,1] to the loss.
-
-
 def half_precision() -> torch.autocast:
     return torch.autocast(torch.get_default_device().type, torch.bfloat16)
+
+
+# Each stage's forward pass as in its script: returns the model, and a function from images in [0,1] to the loss.
 
 
 def tokenizer_stage(config):
