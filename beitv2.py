@@ -651,7 +651,46 @@ class Classifier(VisionTransformer):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Act 5. Checkpoints
+# Act 5. Who decays, and who learns how fast
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """Sort the trainable parameters into AdamW groups by weight decay and learning-rate scale.
+
+    Vectors, biases, [CLS] and position embeddings do not decay; mask token and bias tables do, as published.
+    With `layer_decay` < 1 (fine-tuning), lower layers learn more slowly, see `lr_scale`.
+    """
+    depth = len(getattr(model, "blocks", ()))
+    groups: dict[tuple, dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        bare = parameter.ndim == 1 or name.endswith(".bias") or name.split(".")[-1] in ("cls_token", "pos_embed")
+        decay = 0.0 if bare else weight_decay
+        scale = lr_scale(name, depth, layer_decay) if layer_decay < 1 else 1.0
+        group = groups.setdefault((decay, scale), dict(params=[], names=[], weight_decay=decay, lr_scale=scale))
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def lr_scale(name: str, depth: int, layer_decay: float) -> float:
+    """The share of the learning rate that the parameter `name` gets: layer_decay^(L + 1 - i) in layer i of `depth` L.
+
+    The embeddings ([CLS], mask token, positions, patches) are layer 0, block i is layer i, counted from 1, and all else
+    is layer L + 1.
+    """
+    if name.startswith(("cls_token", "mask_token", "pos_embed", "patch_embed")):
+        layer = 0
+    elif name.startswith("blocks."):
+        layer = int(name.split(".")[1]) + 1  # names count blocks from 0
+    else:
+        layer = depth + 1
+    return layer_decay ** (depth + 1 - layer)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Act 6. Checkpoints
 #
 # Our names are those of the published code, so most of the published tensors load without any renaming:
 #

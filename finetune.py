@@ -35,14 +35,24 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 import data
-import engine
 from beitv2 import (Classifier, ModelConfig, ModelError, VisionTransformer, load_pretrained, model_state,
-                    read_checkpoint, read_model, timm_state)
-from engine import Amount, Beta, Count, Share
+                    parameter_groups, read_checkpoint, read_model)
+from support.compare import results
+from support.datasets import open_datasets, open_val_folder
+from support.errors import UserError
+from support.files import say_if_unfinished, stage_checkpoint
+from support.frozen import CACHE_BATCH, Cache, cache_folder, digest
+from support.launch import launch
+from support.loaders import TrainLoader, ValLoader
+from support.optimizers import cosine_schedule, make_optimizer, set_lr
+from support.options import Amount, Beta, Count, Share, TrainConfig, load_config
+from support.processes import all_reduce_sum, gather_in_order, say
+from support.run import Run
+from support.use import export, features, open_classifier, predict
 
 
 @dataclass
-class FinetuneConfig(engine.TrainConfig):
+class FinetuneConfig(TrainConfig):
     """The `finetune` section; the defaults are the paper's for base, pre-trained for 300 epochs."""
 
     mode: Literal["finetune", "linear_probe", "knn", "report", "predict", "features", "export"] = "finetune"
@@ -79,9 +89,9 @@ SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "finetune": FinetuneC
 
 
 def main() -> None:
-    config = engine.load_config(SECTIONS)
+    config = load_config(SECTIONS)
     if config.finetune.eval_only and config.finetune.mode != "finetune":
-        raise engine.UserError("finetune.eval_only is for finetune.mode=finetune: leave one of the two out")
+        raise UserError("finetune.eval_only is for finetune.mode=finetune: leave one of the two out")
     modes = {"finetune": evaluate_only if config.finetune.eval_only else finetune, "linear_probe": linear_probe,
              "knn": knn, "report": report, "predict": predict, "features": features, "export": export}
     modes[config.finetune.mode](config)
@@ -98,8 +108,8 @@ def main() -> None:
 def finetune(config) -> None:
     """Fine-tune a classifier from pre-trained weights; validate after every epoch and keep the best."""
     cfg, size = config.finetune, config.data.image_size
-    run = engine.Run(stage_folder(cfg), config, cfg)
-    train_set, val_set = data.open_datasets(config.data)
+    run = Run(stage_folder(cfg), config, cfg)
+    train_set, val_set = open_datasets(config.data)
     num_classes = len(train_set.classes)
     val_loader = open_val_loader(run, val_set)
 
@@ -119,15 +129,15 @@ def finetune(config) -> None:
     #     factor    1               0.65       0.42       0.049     0.0057    0.0037
     #     rate      5e-4            3.3e-4     2.1e-4     2.5e-5    2.8e-6    1.8e-6
     #
-    optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay, cfg.layer_decay), cfg)
+    optimizer = make_optimizer(parameter_groups(model, cfg.weight_decay, cfg.layer_decay), cfg)
     # A moving average often does better than the last weights, which still jump with each batch. It is never trained.
     average = copy.deepcopy(model).requires_grad_(False) if cfg.ema_decay else None
 
     view = data.TrainView(train_set, config.seed, size, cfg.crop_scale, rand_augment=cfg.rand_augment, erase=cfg.erase)
-    loader = data.TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
+    loader = TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
     run.notes = {"classes": train_set.classes}
     run.begin(loader, read_checkpoint, model=model, optimizer=optimizer, **({"average": average} if average else {}))
-    lr = engine.cosine_schedule(cfg.lr, cfg.min_lr, cfg.epochs, run.steps_per_epoch, cfg.warmup_epochs)
+    lr = cosine_schedule(cfg.lr, cfg.min_lr, cfg.epochs, run.steps_per_epoch, cfg.warmup_epochs)
     mix = batch_mixer(cfg, num_classes)
 
     for epoch in run.epochs():
@@ -137,7 +147,7 @@ def finetune(config) -> None:
         for micro_batches in run.steps(epoch):
             # The rate rises from 0 during the warm-up, because AdamW has seen too few gradients at first to scale its
             # steps well. Then it falls along half a cosine. Each parameter group multiplies it by its layer's factor.
-            engine.set_lr(optimizer, lr[run.step])
+            set_lr(optimizer, lr[run.step])
             for batch in micro_batches:
                 # uint8 [B, 3, S, S] -> [0, 1] -> ImageNet's mean and deviation. The backbone was pre-trained on images
                 # normalised like this; with other numbers its features would be worse from the start.
@@ -200,7 +210,7 @@ def batch_mixer(cfg: FinetuneConfig, num_classes: int):
 
 
 @torch.no_grad()
-def evaluate(run: engine.Run, model: nn.Module, loader, columns: Tensor | None = None) -> dict[str, float]:
+def evaluate(run: Run, model: nn.Module, loader, columns: Tensor | None = None) -> dict[str, float]:
     """Loss, and top-1 and top-5 accuracy in [0,1], over the validation images.
 
     Each image counts once, for any number of ranks: every rank adds up its own images, then the sums are added over the
@@ -219,7 +229,7 @@ def evaluate(run: engine.Run, model: nn.Module, loader, columns: Tensor | None =
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [B, 5]
         sums += torch.stack([loss.double(), hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=run.device)])
-    loss, top1, top5, count = engine.all_reduce_sum(sums).tolist()
+    loss, top1, top5, count = all_reduce_sum(sums).tolist()
     return {"loss": loss / count, "top1": top1 / count, "top5": top5 / count}
 
 
@@ -232,7 +242,7 @@ def evaluate(run: engine.Run, model: nn.Module, loader, columns: Tensor | None =
 # measuring both vectors, with the head and without it (pretrain.head_layers=0), shows what patch aggregation gives.
 
 
-def open_backbone(run: engine.Run) -> nn.Module:
+def open_backbone(run: Run) -> nn.Module:
     """The frozen backbone with its final norm: normalised images [B, 3, S, S] -> tokens [B, T, D].
 
     No parameter gets a gradient, and nothing is random: an image always has the same features.
@@ -244,7 +254,7 @@ def open_backbone(run: engine.Run) -> nn.Module:
 
 
 @torch.no_grad()
-def extract_features(run: engine.Run, tokens_of: Callable[[Tensor], Tensor], loader: Any,
+def extract_features(run: Run, tokens_of: Callable[[Tensor], Tensor], loader: Any,
                      total: int) -> dict[str, Tensor]:
     """Frozen features of all images that the ranks' loaders deal out, in order, on every rank.
 
@@ -259,7 +269,7 @@ def extract_features(run: engine.Run, tokens_of: Callable[[Tensor], Tensor], loa
         parts["cls"].append(tokens[:, 0])
         parts["mean"].append(tokens[:, 1:].mean(dim=1))
         parts["labels"].append(batch["label"].to(run.device))
-    return {name: engine.gather_in_order(torch.cat(part), total) for name, part in parts.items()}
+    return {name: gather_in_order(torch.cat(part), total) for name, part in parts.items()}
 
 
 @torch.no_grad()
@@ -284,7 +294,7 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Ten
     return hits / len(queries)
 
 
-def frozen_features(run: engine.Run, model: nn.Module, dataset, strict=True) -> dict[str, Tensor]:
+def frozen_features(run: Run, model: nn.Module, dataset, strict=True) -> dict[str, Tensor]:
     """Features of all images of a data set, resized and cropped as for validation; see extract_features."""
     return extract_features(run, lambda images: model(data.normalize(data.to_unit(images))),
                             open_val_loader(run, dataset, strict), len(dataset))
@@ -296,9 +306,9 @@ def knn(config) -> None:
     Each validation image gets the class that its nearest training images vote for. Nothing is trained and nothing
     tuned, so the figure is the same every time, and takes one pass over the images.
     """
-    run = engine.Run(stage_folder(config.finetune), config, config.finetune)
+    run = Run(stage_folder(config.finetune), config, config.finetune)
     run.claim_folder(read_checkpoint)
-    train_set, val_set = data.open_datasets(config.data)
+    train_set, val_set = open_datasets(config.data)
     model = open_backbone(run)
     bank, queries = frozen_features(run, model, train_set, strict=False), frozen_features(run, model, val_set)
     figures = {kind: knn_accuracy(bank[kind], bank["labels"], queries[kind], queries["labels"],
@@ -338,7 +348,7 @@ class LinearProbes(nn.Module):
 
 
 @torch.no_grad()
-def pool(run: engine.Run, backbone: nn.Module, images: Tensor) -> Tensor:
+def pool(run: Run, backbone: nn.Module, images: Tensor) -> Tensor:
     """uint8 images [B, 3, S, S] -> [CLS] and the mean of the patches, float32 [B, 2, D].
 
     Without gradients: the backbone is frozen, and keeping its hidden states would only cost memory.
@@ -348,11 +358,11 @@ def pool(run: engine.Run, backbone: nn.Module, images: Tensor) -> Tensor:
     return torch.stack([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)
 
 
-def cached_features(run: engine.Run, backbone: nn.Module, crops: data.FixedCrops) -> data.Cache:
+def cached_features(run: Run, backbone: nn.Module, crops: data.FixedCrops) -> Cache:
     """`pool` of all training crops, computed once (see data.views): each epoch of the probes then takes seconds."""
-    about = dict(backbone=data.digest(backbone), precision=run.precision.name)
-    cache = data.Cache(data.cache_folder(run.config), "pooled", crops, about, (2, backbone.embed_dim), "float32")
-    return cache.fill(lambda batch: pool(run, backbone, batch["image"]), data.CACHE_BATCH, run.device,
+    about = dict(backbone=digest(backbone), precision=run.precision.name)
+    cache = Cache(cache_folder(run.config), "pooled", crops, about, (2, backbone.embed_dim), "float32")
+    return cache.fill(lambda batch: pool(run, backbone, batch["image"]), CACHE_BATCH, run.device,
                       run.config.data.workers, "features of training crops")
 
 
@@ -367,8 +377,8 @@ def linear_probe(config) -> None:
     """
     cfg = config.finetune
     schedule = dataclasses.replace(cfg, epochs=cfg.probe_epochs)
-    run = engine.Run(stage_folder(cfg), config, schedule)
-    train_set, val_set = data.open_datasets(config.data)
+    run = Run(stage_folder(cfg), config, schedule)
+    train_set, val_set = open_datasets(config.data)
     backbone = open_backbone(run)
     probes = LinearProbes(backbone.embed_dim, len(train_set.classes), len(cfg.probe_lrs)).to(run.device)
     # Each learning rate has one group: the head on [CLS] and the one on the mean patch.
@@ -378,23 +388,23 @@ def linear_probe(config) -> None:
     optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, fused=True)
 
     view = data.TrainView(train_set, config.seed, config.data.image_size, cfg.crop_scale, views=config.data.views)
-    if data.cache_folder(config):
+    if cache_folder(config):
         view.attached["pooled"] = cached_features(run, backbone, data.FixedCrops(view))
-    loader = data.TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
+    loader = TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
     run.begin(loader, read_checkpoint, probes=probes, optimizer=optimizer)
-    lr = engine.cosine_schedule(1.0, 0.0, schedule.epochs, run.steps_per_epoch, warmup_epochs=0)
+    lr = cosine_schedule(1.0, 0.0, schedule.epochs, run.steps_per_epoch, warmup_epochs=0)
     val = frozen_features(run, backbone, val_set)
 
     for epoch in run.epochs():
         for micro_batches in run.steps(epoch):
-            engine.set_lr(optimizer, lr[run.step])
+            set_lr(optimizer, lr[run.step])
             probes.train()
             parts = []
             for batch in micro_batches:
                 pooled = batch["pooled"] if "pooled" in batch else pool(run, backbone, batch["image"])  # [B, 2, D]
                 parts.append((*pooled.unbind(1), batch["label"]))  # [b, D], [b, D], [b]
             # All small batches of all ranks together: [B, D], [B, D], [B].
-            cls, mean, labels = (engine.gather_in_order(torch.cat(part)) for part in zip(*parts))
+            cls, mean, labels = (gather_in_order(torch.cat(part)) for part in zip(*parts))
             losses = torch.stack([F.cross_entropy(logits, labels) for logits in probes(dict(cls=cls, mean=mean))])
             # Each loss depends on one head only. So the gradient of the sum gives each head that of its own loss.
             run.precision.scaler.scale(losses.sum()).backward()
@@ -418,61 +428,17 @@ def linear_probe(config) -> None:
 # Act 3. Using what was trained. A reader of the method may skip this.
 
 
-def read_trained(config) -> tuple[dict, dict[str, Tensor], Path]:
-    """Read the checkpoint that `finetune.weights` names, or this experiment's best one.
-
-    Returns its whole content, its tensors by name, and its path.
-    """
-    given = config.finetune.weights
-    stage = "finetune_scratch" if given == "none" else "finetune"
-    path = engine.stage_checkpoint(config, stage, "" if given == "none" else given, "finetune.weights", "best.pt")
-    content = read_model(path, "model", config.model)
-    return content, model_state(content, str(path)), path
-
-
-def open_trained(config) -> tuple[VisionTransformer, list[str] | None]:
-    """The model of `read_trained`, and the names of its classes if they are known.
-
-    It is a Classifier if the checkpoint has a head for classes, and otherwise a VisionTransformer.
-    """
-    content, state, path = read_trained(config)
-    options = config.model.backbone(config.data.image_size)
-    if "head.weight" in state:
-        model = Classifier(len(state["head.weight"]), mean_pool="fc_norm.weight" in state, **options)
-        model.may_be_fresh = ()
-    else:
-        model = VisionTransformer(**options)
-    engine.say(load_pretrained(model, state, source=str(path)))
-    classes = content.get("classes")
-    if file := config.finetune.classes_file:
-        if not Path(file).is_file():
-            raise engine.UserError(f"finetune.classes_file names '{file}', and there is no such file")
-        classes = [name.strip() for name in Path(file).read_text(errors="replace").splitlines() if name.strip()]
-    if classes is not None and isinstance(model, Classifier) and len(classes) != model.head.out_features:
-        raise engine.UserError(f"'{file}' names {len(classes)} classes, and the model has {model.head.out_features}: "
-                               f"give it one name a line, in the order of the model's outputs")
-    return model.requires_grad_(False).eval(), classes
-
-
-def open_classifier(config) -> tuple[Classifier, list[str] | None]:
-    model, classes = open_trained(config)
-    if not isinstance(model, Classifier):
-        raise engine.UserError("these weights have no classification head: fine-tune them first, or set "
-                               "finetune.weights to a fine-tuned checkpoint")
-    return model, classes
-
-
 def evaluate_only(config) -> None:
     """Validate a classifier on images of all its classes, or of some of them.
 
     ImageNet-A and ImageNet-R, for example, hold 200 of the 1000 classes. Only the logits of these 200 then compete.
     """
-    run = engine.Run(stage_folder(config.finetune), config, config.finetune)
-    val_set = data.open_val_folder(config.data)
+    run = Run(stage_folder(config.finetune), config, config.finetune)
+    val_set = open_val_folder(config.data)
     model, classes = open_classifier(config)
     columns = class_columns(val_set.classes, classes, model.head.out_features).to(run.device)
     figures = evaluate(run, model.to(run.device), open_val_loader(run, val_set), columns)
-    engine.say(f"{len(val_set)} images of {len(columns)} of the model's {model.head.out_features} classes: "
+    say(f"{len(val_set)} images of {len(columns)} of the model's {model.head.out_features} classes: "
                + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
 
 
@@ -480,84 +446,15 @@ def class_columns(wanted: list[str], known: list[str] | None, outputs: int) -> T
     """The place of each wanted class among the model's outputs, int64 [wanted]. UserError if one is not there."""
     if known is None:
         if len(wanted) != outputs:
-            raise engine.UserError(f"the images have {len(wanted)} classes and the model {outputs}, whose names the "
+            raise UserError(f"the images have {len(wanted)} classes and the model {outputs}, whose names the "
                                    f"checkpoint does not hold: set finetune.classes_file=PATH to a list of them, one a "
                                    f"line (for ImageNet-1k, its 1000 folder names in alphabetical order)")
         return torch.arange(outputs)
     if unknown := sorted(set(wanted) - set(known)):
-        raise engine.UserError(f"the model does not know the class '{unknown[0]}'"
+        raise UserError(f"the model does not know the class '{unknown[0]}'"
                                f"{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}: class folders must be "
                                f"named as its classes are, such as '{known[0]}'")
     return torch.tensor([known.index(name) for name in wanted])
-
-
-@torch.no_grad()
-def predict(config) -> None:
-    """Print the five most likely classes of each image with their probabilities, and write predict/predictions.txt."""
-    run = engine.Run("predict", config, config.finetune)
-    images = data.open_files(config.finetune.images)
-    model, classes = open_classifier(config)
-    model.to(run.device)
-    parts = []
-    for batch in open_val_loader(run, images):
-        with run.autocast():
-            logits = model(data.normalize(data.to_unit(batch["image"].to(run.device))))
-        parts.append(logits.float().softmax(dim=1))
-    shares, best = engine.gather_in_order(torch.cat(parts), len(images)).topk(min(5, model.head.out_features), dim=1)
-    lines = []
-    for i, (row, ids) in enumerate(zip(shares.tolist(), best.tolist())):
-        names = [classes[k] if classes else f"class {k}" for k in ids]
-        lines.append(f"{images.name(i)}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in zip(names, row)))
-    engine.say("\n".join(lines))
-    if engine.rank() == 0:
-        (run.folder / "predictions.txt").write_text("\n".join(lines) + "\n")
-
-
-@torch.no_grad()
-def features(config) -> None:
-    """Write OUTPUT_DIR/features/features.pt, a dictionary of
-
-    files     names of the images
-    cls, mean float32 [images, D]: [CLS], and the mean of the patches, after the final norm (a fine-tuned model's mean
-              is what its head sees)
-    block_i   float32 [images, T, D], the hidden state after block i, for each i in `finetune.blocks`
-    """
-    run = engine.Run("features", config, config.finetune)
-    images = data.open_files(config.finetune.images)
-    model, _ = open_trained(config)
-    model.to(run.device)
-    blocks = tuple(config.finetune.blocks)
-    if blocks and max(blocks) > model.depth:
-        raise engine.UserError(f"finetune.blocks names block {max(blocks)}, and the model has {model.depth}")
-    parts = {name: [] for name in ("cls", "mean", *(f"block_{i}" for i in blocks))}
-    for batch in open_val_loader(run, images):
-        x = data.normalize(data.to_unit(batch["image"].to(run.device)))
-        with run.autocast():
-            hidden, kept = model.forward_blocks(model.embed(x), model.shared_position_bias(), keep=blocks)
-            tokens = model.norm(hidden)  # the identity if the model norms after pooling
-            pooled = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(dim=1)}
-            if getattr(model, "fc_norm", None) is not None:
-                pooled = {name: model.fc_norm(value) for name, value in pooled.items()}
-        for name, value in (pooled | {f"block_{i}": kept[i] for i in blocks}).items():
-            # Hidden states need much memory, so they go to the CPU at once. With several ranks they must stay on the
-            # device until the ranks have exchanged them.
-            parts[name].append(value.float() if engine.world_size() > 1 else value.float().cpu())
-    saved = {name: engine.gather_in_order(torch.cat(part), len(images)).cpu() for name, part in parts.items()}
-    if engine.rank() == 0:
-        names = [images.name(i) for i in range(len(images))]
-        engine.save_atomically({"files": names} | saved, run.folder / "features.pt")
-    engine.say(f"features of {len(images)} images: {run.folder / 'features.pt'}")
-
-
-def export(config) -> None:
-    """Write the trained weights without optimizer: export/published.pth in the published form, timm.pth in timm's."""
-    run = engine.Run("export", config, config.finetune)
-    folder = run.folder
-    _, state, path = read_trained(config)
-    if engine.rank() == 0:
-        engine.save_atomically({"model": state}, folder / "published.pth")
-        engine.save_atomically(timm_state(state), folder / "timm.pth")
-    engine.say(f"{len(state)} tensors of '{path}': {folder / 'published.pth'}, and for timm {folder / 'timm.pth'}")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -579,9 +476,9 @@ def load_weights(config, model: nn.Module, classes: list[str] | None = None) -> 
     """
     if config.finetune.weights == "none":
         return None
-    path = engine.stage_checkpoint(config, "pretrain", config.finetune.weights, "finetune.weights")
+    path = stage_checkpoint(config, "pretrain", config.finetune.weights, "finetune.weights")
     content = read_model(path, "model", config.model)
-    engine.say_if_unfinished(content, path)
+    say_if_unfinished(content, path)
     state = model_state(content, str(path))
     if classes is None and "fc_norm.weight" in state:
         # A fine-tuned model norms after pooling. Here it serves as a backbone, and a backbone norms before pooling. So
@@ -591,41 +488,21 @@ def load_weights(config, model: nn.Module, classes: list[str] | None = None) -> 
     head = [name for name in state if name.startswith("head.") and others]
     report = load_pretrained(model, {name: state[name] for name in state if name not in head}, source=str(path))
     report.dropped += head
-    engine.say(report)
+    say(report)
     return path
 
 
-def open_val_loader(run: engine.Run, dataset, strict=True) -> data.ValLoader:
+def open_val_loader(run: Run, dataset, strict=True) -> ValLoader:
     """Validation batches of a data set: resized, cropped in the centre, nothing random."""
     view = data.ValView(dataset, run.config.data.image_size, strict)
-    return data.ValLoader(view, run.device_batch, workers=run.config.data.workers)
-
-
-def last_figure(folder: Path, name: str) -> float | None:
-    """The last validation figure of that name in a stage's metrics.jsonl, if there is one."""
-    path = folder / "metrics.jsonl"
-    lines = engine.read_lines(path) if path.is_file() else []
-    values = [line["val"][name] for line in lines if name in line.get("val", {})]
-    return values[-1] if values else None
-
-
-def results(config) -> list[tuple[str, str, str]]:
-    """What has been measured in OUTPUT_DIR: (title, with an untrained backbone, with the pre-trained one)."""
-    def figure(folder: str, name: str) -> str:
-        value = last_figure(Path(config.output_dir) / folder, name)
-        return "-" if value is None else f"{100 * value:.1f} %"
-
-    rows = [("k-NN, [CLS]", "knn", "cls"), ("k-NN, mean patch", "knn", "mean"),
-            ("linear probe, [CLS]", "linear_probe", "cls"), ("linear probe, mean patch", "linear_probe", "mean"),
-            ("fine-tuning", "finetune", "top1")]
-    return [(title, figure(f"{folder}_scratch", name), figure(folder, name)) for title, folder, name in rows]
+    return ValLoader(view, run.device_batch, workers=run.config.data.workers)
 
 
 def report(config) -> None:
     """Print the table of results."""
     for row in [("validation accuracy", "untrained", "pre-trained"), *results(config)]:
-        engine.say(f"{row[0]:<26}{row[1]:>12}{row[2]:>14}")
+        say(f"{row[0]:<26}{row[1]:>12}{row[2]:>14}")
 
 
 if __name__ == "__main__":
-    engine.launch(main, ModelError)
+    launch(main, ModelError)

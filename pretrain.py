@@ -24,22 +24,28 @@ Writes OUTPUT_DIR/pretrain/{last.pt, metrics.jsonl, config.yaml, epoch-NN.png}.
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch import nn
 
 import data
-import engine
 import tokenizer as vqkd
-from beitv2 import MaskedImageModel, ModelConfig, ModelError, masked_positions, read_checkpoint
-from engine import Amount, Beta, Count, Natural, Share, UserError
+from beitv2 import MaskedImageModel, ModelConfig, ModelError, masked_positions, parameter_groups, read_checkpoint
 from finetune import extract_features, knn_accuracy
+from support.datasets import open_datasets
+from support.errors import UserError
+from support.files import stage_checkpoint
+from support.frozen import cache_folder
+from support.launch import launch
+from support.loaders import TrainLoader, ValLoader
+from support.optimizers import cosine_schedule, make_optimizer, set_lr
+from support.options import Amount, Beta, Count, Natural, Share, TrainConfig, load_config
+from support.pictures import paint_epoch
+from support.run import Run
 
 
 @dataclass
-class PretrainConfig(engine.TrainConfig):
+class PretrainConfig(TrainConfig):
     """The `pretrain` section."""
 
     epochs: Count = 300
@@ -64,7 +70,6 @@ class PretrainConfig(engine.TrainConfig):
 
 SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "tokenizer": vqkd.TokenizerConfig,
             "pretrain": PretrainConfig}
-HIT, MISS = (0, 114, 178), (230, 159, 0)  # blue and orange, which colour-blind people can tell apart
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -72,36 +77,36 @@ HIT, MISS = (0, 114, 178), (230, 159, 0)  # blue and orange, which colour-blind 
 
 
 def main() -> None:
-    config = engine.load_config(SECTIONS)
+    config = load_config(SECTIONS)
     cfg, size = config.pretrain, config.data.image_size
     check_blocks(cfg, size // config.model.patch_size)
-    run = engine.Run("pretrain", config, cfg)
+    run = Run("pretrain", config, cfg)
 
     # The tokenizer is frozen. It plays the part that labels play in supervised learning, but no person made them.
     # Only `model`, the student, learns. `parallel` is the same model, compiled and synchronised between processes if
-    # asked for. `run` (engine.Run) knows processes, devices, the log and checkpoints; none of that changes the method.
-    train_set, val_set = data.open_datasets(config.data)
-    run.source = engine.stage_checkpoint(config, "tokenizer", cfg.tokenizer_weights, "pretrain.tokenizer_weights")
+    # asked for. `run` (Run) knows processes, devices, the log and checkpoints; none of that changes the method.
+    train_set, val_set = open_datasets(config.data)
+    run.source = stage_checkpoint(config, "tokenizer", cfg.tokenizer_weights, "pretrain.tokenizer_weights")
     tokenizer = vqkd.load_tokenizer(config, run.source).to(run.device)
     model = build_model(config).to(run.device)
     parallel = run.prepare(model)
-    optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay), cfg)
+    optimizer = make_optimizer(parameter_groups(model, cfg.weight_decay), cfg)
 
     # Each training sample brings its crop, the factors of its colour jitter, and its mask (data.block_mask).
     view = data.TrainView(train_set, config.seed, size, cfg.crop_scale, cfg.jitter, cfg.num_masked, model.grid,
                           cfg.min_block, views=config.data.views)
-    if data.cache_folder(config):  # with a fixed number of crops, the tokenizer sees each crop only once
+    if cache_folder(config):  # with a fixed number of crops, the tokenizer sees each crop only once
         view.attached["codes"] = vqkd.cached_codes(run, tokenizer, view)
-    loader = data.TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
+    loader = TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
     run.begin(loader, read_checkpoint, model=model, optimizer=optimizer)
-    lr = engine.cosine_schedule(cfg.lr, cfg.min_lr, cfg.epochs, run.steps_per_epoch, cfg.warmup_epochs)
+    lr = cosine_schedule(cfg.lr, cfg.min_lr, cfg.epochs, run.steps_per_epoch, cfg.warmup_epochs)
 
     for epoch in run.epochs():
         parallel.train()
         # One turn of this loop is one optimizer step over `batch_size` images. They are spread over all processes.
         # If a process cannot hold its share at once, it takes it in several micro-batches and adds the gradients up.
         for micro_batches in run.steps(epoch):
-            engine.set_lr(optimizer, lr[run.step])
+            set_lr(optimizer, lr[run.step])
             for batch in micro_batches:
                 # 1. The pixels. Random colours are augmentation, as the random crop: no image looks the same twice.
                 images = data.to_unit(batch["image"])  # [B, 3, S, S] in [0,1]
@@ -185,7 +190,7 @@ def cross_entropy(logits: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tens
 
 
 @torch.no_grad()
-def knn_pulse(run: engine.Run, model: MaskedImageModel, train_set, val_set) -> dict[str, float]:
+def knn_pulse(run: Run, model: MaskedImageModel, train_set, val_set) -> dict[str, float]:
     """k-NN accuracy in [0,1] of the frozen [CLS] and of the mean patch: a cheap look at what the features know.
 
     An image gets the class of those training images whose features are nearest. Nothing is trained for this, so the
@@ -197,7 +202,7 @@ def knn_pulse(run: engine.Run, model: MaskedImageModel, train_set, val_set) -> d
     features = []
     for dataset, indices in ((train_set, chosen), (val_set, range(len(val_set)))):
         view = data.ValView(dataset, config.data.image_size, strict=dataset is val_set)
-        loader = data.ValLoader(view, run.device_batch, workers=config.data.workers, indices=indices)
+        loader = ValLoader(view, run.device_batch, workers=config.data.workers, indices=indices)
         features.append(extract_features(
             run, lambda images: model.features(data.normalize(data.to_unit(images))), loader, len(indices)))
     bank, queries = features
@@ -209,61 +214,5 @@ def knn_pulse(run: engine.Run, model: MaskedImageModel, train_set, val_set) -> d
 # Act 2. A small picture of each epoch (a reader of the method may skip this)
 
 
-@torch.no_grad()
-def paint_epoch(run: engine.Run, model: MaskedImageModel, tokenizer: nn.Module, val_set, epoch: int) -> None:
-    """Write OUTPUT_DIR/pretrain/epoch-NN.png: four validation images, their masks, and what each head got right."""
-    if engine.rank() > 0:
-        return
-    model.eval()
-    view = data.ValView(val_set, run.config.data.image_size)
-    chosen = torch.linspace(0, len(val_set) - 1, min(4, len(val_set))).long().tolist()
-    images = torch.stack([view[i]["image"] for i in chosen])
-    masked = fixed_masks(len(chosen), model.grid, run.config.pretrain).to(run.device)
-    with run.autocast():
-        inputs = data.to_unit(images.to(run.device))
-        codes = tokenizer.token_ids(inputs).gather(1, masked)
-        heads = [logits for logits in model(data.normalize(inputs), masked) if logits is not None]
-    rows = []
-    for i, image in enumerate(images):
-        panels = [image.permute(1, 2, 0).numpy(), mask_picture(image, masked[i], None, model.grid)]
-        panels += [mask_picture(image, masked[i], logits[i].argmax(dim=-1) == codes[i], model.grid) for logits in heads]
-        rows.append(np.concatenate(panels, axis=1))
-    picture = np.concatenate(rows)
-    Image.fromarray(picture).save(run.folder / f"epoch-{epoch + 1:02d}.png")
-    run.picture("masks and hits", picture)
-
-
-def fixed_masks(count: int, grid: int, cfg: PretrainConfig) -> torch.Tensor:
-    """Masked positions [count, M] for pictures, drawn as in training, but the same each time."""
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.stack([data.block_mask(grid, cfg.num_masked, cfg.min_block, generator) for _ in range(count)])
-    return masked_positions(mask, cfg.num_masked)
-
-
-def mask_picture(image: torch.Tensor, masked: torch.Tensor, hits: torch.Tensor | None, grid: int,
-                 scale: int = 1) -> np.ndarray:
-    """The image [3, S, S] with its masked patches [M] grey, or, with `hits` [M], blue with a dot where a head was
-    right and orange with a cross where it was wrong: uint8 [S * scale, S * scale, 3]."""
-    size = image.shape[-1] // grid * scale
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    draw = ImageDraw.Draw(picture)
-    for m, place in enumerate(masked.tolist()):
-        top, left = place // grid * size, place % grid * size
-        box, middle = (left, top, left + size - 1, top + size - 1), (left + size // 2, top + size // 2)
-        r = max(1, size // 6)
-        inner = (middle[0] - r, middle[1] - r, middle[0] + r, middle[1] + r)
-        if hits is None:
-            draw.rectangle(box, fill=(128, 128, 128))
-        elif hits[m]:
-            draw.rectangle(box, fill=HIT, outline="white")
-            draw.ellipse(inner, fill="white")
-        else:
-            draw.rectangle(box, fill=MISS, outline="white")
-            draw.line(inner, fill="black", width=max(1, size // 12))
-            draw.line((inner[0], inner[3], inner[2], inner[1]), fill="black", width=max(1, size // 12))
-    return np.asarray(picture)
-
-
 if __name__ == "__main__":
-    engine.launch(main, ModelError)
+    launch(main, ModelError)

@@ -13,7 +13,6 @@ Writes OUTPUT_DIR/segment/, or OUTPUT_DIR/segment_scratch/ for `weights: none`: 
 metrics.jsonl, config.yaml, and overlays/NAME.png: image, truth and prediction side by side.
 """
 
-import colorsys
 import functools
 import math
 import os
@@ -32,15 +31,25 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import data
-import engine
-from beitv2 import ModelConfig, ModelError, VisionTransformer, load_pretrained, read_checkpoint, read_model
-from engine import Amount, Count, Natural, Share, UserError
+from beitv2 import (ModelConfig, ModelError, VisionTransformer, load_pretrained, parameter_groups, read_checkpoint,
+                    read_model)
+from support.datasets import Images, Shapes
+from support.errors import UserError, one_line
+from support.files import say_if_unfinished, stage_checkpoint
+from support.launch import launch
+from support.loaders import Rounds, TrainLoader, ValLoader
+from support.optimizers import make_optimizer, set_lr
+from support.options import Amount, Count, Natural, OptimizerConfig, Share, load_config
+from support.pictures import paint
+from support.processes import all_reduce_sum, broadcast_buffers, say, world_size
+from support.run import Run
+
 
 IGNORE = 255  # the label, inside this file, of pixels that count for nothing
 
 
 @dataclass
-class SegmentConfig(engine.OptimizerConfig):
+class SegmentConfig(OptimizerConfig):
     """The `segment` section; the defaults are the paper's for base on ADE20K."""
 
     weights: str = ""  # path or URL; empty: OUTPUT_DIR/pretrain/last.pt; none: an untrained backbone
@@ -80,7 +89,7 @@ SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "segment": SegmentCon
 # Act 1. Images with a label for each pixel
 
 
-class AnnotatedFolder(data.Images):
+class AnnotatedFolder(Images):
     """ROOT/images/SPLIT/NAME.* and ROOT/annotations/SPLIT/NAME.png; every image must have its annotation."""
 
     def __init__(self, root: str, split: str, cfg: SegmentConfig):
@@ -107,7 +116,7 @@ class AnnotatedFolder(data.Images):
             with Image.open(path) as image:
                 labels = np.asarray(image)
         except Exception as error:
-            raise UserError(f"the annotation '{path}' cannot be read ({data.one_line(error)}): repair it, or remove it "
+            raise UserError(f"the annotation '{path}' cannot be read ({one_line(error)}): repair it, or remove it "
                             f"and its image") from error
         if labels.ndim != 2:
             raise UserError(f"the annotation '{path}' is a colour picture: it must be a PNG of one channel (grey or "
@@ -129,8 +138,8 @@ def open_datasets(config):
     """Training and validation images with their masks, and the class names."""
     cfg = config.segment
     if config.data.dataset == "shapes":
-        cfg.classes = ["background", *data.Shapes.classes]
-        return data.open_datasets(config.data)
+        cfg.classes = ["background", *Shapes.classes]
+        return open_datasets(config.data)
     if config.data.dataset != "ade20k":
         raise UserError(f"data.dataset: {config.data.dataset} has no masks: set data.dataset to ade20k, for folders "
                         f"laid out as ADE20K's are, or to shapes")
@@ -370,7 +379,7 @@ def segmentation_figures(confusion: Tensor) -> dict:
 
 
 @torch.no_grad()
-def evaluate(run: engine.Run, model: Segmenter, loader, classes: list[str], painted: set[int]) -> Tensor:
+def evaluate(run: Run, model: Segmenter, loader, classes: list[str], painted: set[int]) -> Tensor:
     """The confusion matrix over all validation images, each at its own resolution, once, however many ranks there are.
 
     The images whose numbers are in `painted` are also drawn into overlays/, each by the rank that has it.
@@ -390,37 +399,18 @@ def evaluate(run: engine.Run, model: Segmenter, loader, classes: list[str], pain
         confusion += confusion_matrix(labels, prediction, len(classes))
         if sample["index"] in painted:
             paint(run.folder / "overlays", sample, prediction.cpu())
-    return engine.all_reduce_sum(confusion)
+    return all_reduce_sum(confusion)
 
 
 def print_table(confusion: Tensor, classes: list[str]) -> None:
     figures = segmentation_figures(confusion)
     width = max(map(len, classes))
-    engine.say(f"{'class':<{width}}{'IoU':>9}{'accuracy':>10}")
+    say(f"{'class':<{width}}{'IoU':>9}{'accuracy':>10}")
     for name, iou, accuracy in zip(classes, figures["iou"].tolist(), figures["accuracy"].tolist()):
         shown = ["-" if math.isnan(value) else f"{100 * value:.1f} %" for value in (iou, accuracy)]
-        engine.say(f"{name:<{width}}{shown[0]:>9}{shown[1]:>10}")
-    engine.say(f"mIoU {100 * figures['miou']:.2f} %, mean accuracy {100 * figures['mean_accuracy']:.2f} %, pixel "
+        say(f"{name:<{width}}{shown[0]:>9}{shown[1]:>10}")
+    say(f"mIoU {100 * figures['miou']:.2f} %, mean accuracy {100 * figures['mean_accuracy']:.2f} %, pixel "
                f"accuracy {100 * figures['pixel_accuracy']:.2f} %")
-
-
-def paint(folder: Path, sample: dict, prediction: Tensor) -> None:
-    """Write NAME.png: the image, the truth and the prediction side by side, the last two in colours over the image."""
-    labels = sample["labels"]
-    image = resize(data.to_unit(sample["image"])[None].cpu(), labels.shape)[0].permute(1, 2, 0).numpy()  # [H, W, 3]
-    panels, class_colours = [image], palette()
-    for shown in (labels.numpy(), prediction.numpy()):
-        colours = class_colours[shown]  # [H, W, 3]
-        panels.append(np.where(shown[..., None] == IGNORE, image, 0.4 * image + 0.6 * colours))
-    folder.mkdir(parents=True, exist_ok=True)
-    picture = np.concatenate(panels, axis=1)
-    Image.fromarray((255 * picture).round().astype(np.uint8)).save(folder / f"{Path(sample['name']).stem}.png")
-
-
-def palette() -> np.ndarray:
-    """256 colours [256, 3] in [0, 1], neighbours far apart: hues at the golden angle, in three brightnesses."""
-    return np.array([colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.9, 0.55, 0.75)[i % 3], (1.0, 0.85, 0.6)[i % 3])
-                     for i in range(256)])
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -433,7 +423,7 @@ def poly_schedule(lr: float, iterations: int, warmup: int) -> list[float]:
 
 
 def main() -> None:
-    config = engine.load_config(SECTIONS)
+    config = load_config(SECTIONS)
     cfg = config.segment
     if cfg.stride > cfg.crop_size:
         raise UserError(f"segment.stride is {cfg.stride} and segment.crop_size {cfg.crop_size}: a larger stride would "
@@ -441,48 +431,48 @@ def main() -> None:
     if cfg.iterations % cfg.eval_every:
         raise UserError(f"segment.iterations is {cfg.iterations} and segment.eval_every is {cfg.eval_every}: the first "
                         f"must be a multiple of the second")
-    run = engine.Run("segment_scratch" if cfg.weights == "none" else "segment", config, cfg)
-    if run.device_batch * (engine.world_size() if run.device.type == "cuda" else 1) < 2:
+    run = Run("segment_scratch" if cfg.weights == "none" else "segment", config, cfg)
+    if run.device_batch * (world_size() if run.device.type == "cuda" else 1) < 2:
         raise UserError("BatchNorm needs at least two images at once: raise segment.batch_size or "
                         "segment.device_batch_size, or use fewer processes")
     train_set, val_set = open_datasets(config)
-    val_loader = data.ValLoader(WholeView(val_set, cfg), batch_size=None, workers=config.data.workers)
+    val_loader = ValLoader(WholeView(val_set, cfg), batch_size=None, workers=config.data.workers)
     painted = set(torch.linspace(0, len(val_set) - 1, min(cfg.overlays, len(val_set))).long().tolist())
 
     model = Segmenter(len(cfg.classes), cfg.feature_layers, cfg.dropout, drop_path=cfg.drop_path,
                       **config.model.backbone(cfg.crop_size))
     if cfg.eval_only:
         model.may_be_fresh = ()  # a segmenter with untrained heads has nothing to evaluate
-        path = engine.stage_checkpoint(config, run.stage, cfg.checkpoint, "segment.checkpoint", "best.pt")
+        path = stage_checkpoint(config, run.stage, cfg.checkpoint, "segment.checkpoint", "best.pt")
         content = read_model(path, "model", config.model)
         saved = content.get("config", {}).get("segment", {})
         for key in ("classes", "feature_layers"):
             here, there = list(getattr(cfg, key)), saved.get(key)
             if there not in (None, here):
                 raise UserError(f"'{path}' was trained with segment.{key}={there}, not {here}: make them agree")
-        engine.say(load_pretrained(model, content, source=str(path)))
+        say(load_pretrained(model, content, source=str(path)))
         print_table(evaluate(run, model.to(run.device), val_loader, cfg.classes, painted), cfg.classes)
         return
     if cfg.weights != "none":
-        run.source = engine.stage_checkpoint(config, "pretrain", cfg.weights, "segment.weights")
+        run.source = stage_checkpoint(config, "pretrain", cfg.weights, "segment.weights")
         content = read_model(run.source, "model", config.model)
-        engine.say_if_unfinished(content, run.source)
-        engine.say(load_pretrained(model, content, source=str(run.source)))
+        say_if_unfinished(content, run.source)
+        say(load_pretrained(model, content, source=str(run.source)))
     model.to(run.device)
     parallel = run.prepare(model)
-    optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay, cfg.layer_decay), cfg)
+    optimizer = make_optimizer(parameter_groups(model, cfg.weight_decay, cfg.layer_decay), cfg)
 
-    loader = data.TrainLoader(CropView(train_set, config.seed, cfg), run.device_batch, config.seed,
+    loader = TrainLoader(CropView(train_set, config.seed, cfg), run.device_batch, config.seed,
                               workers=config.data.workers)
     run.notes = {"classes": cfg.classes}
-    rounds = data.Rounds(loader, cfg.eval_every, run.accumulation)
+    rounds = Rounds(loader, cfg.eval_every, run.accumulation)
     run.begin(rounds, read_checkpoint, model=model, optimizer=optimizer)
     lr = poly_schedule(cfg.lr, cfg.iterations, cfg.warmup_iterations)
 
     for round_ in run.epochs():
         parallel.train()
         for micro_batches in run.steps(round_):
-            engine.set_lr(optimizer, lr[run.step])
+            set_lr(optimizer, lr[run.step])
             for batch in micro_batches:
                 images, labels = data.normalize(data.to_unit(batch["image"])), batch["labels"]
                 with run.autocast():
@@ -495,7 +485,7 @@ def main() -> None:
                 run.backward(loss)
             run.optimizer_step(optimizer)
 
-        engine.broadcast_buffers(model)  # the running statistics of BatchNorm, which on CPU each rank has of its own
+        broadcast_buffers(model)  # the running statistics of BatchNorm, which on CPU each rank has of its own
         confusion = evaluate(run, model, val_loader, cfg.classes, painted)
         figures = {name: value for name, value in segmentation_figures(confusion).items() if isinstance(value, float)}
         if figures["miou"] > run.best:
@@ -508,4 +498,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    engine.launch(main, ModelError)
+    launch(main, ModelError)

@@ -32,17 +32,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-import engine
 import finetune
-from beitv2 import (SIZES, ModelConfig, ModelError, VisionTransformer, dimensions, init_weights, load_pretrained,
-                    model_state, read_checkpoint, read_model)
-from engine import Amount, Beta, Count, Natural, Share, UserError
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+from beitv2 import (ModelConfig, ModelError, VisionTransformer, dimensions, init_weights, load_pretrained,
+                    model_state, parameter_groups, read_checkpoint, read_model)
+from support.datasets import open_datasets
+from support.errors import UserError
+from support.files import say_if_unfinished
+from support.frozen import CACHE_BATCH, Cache, cache_folder, digest
+from support.launch import launch
+from support.loaders import TrainLoader, ValLoader
+from support.optimizers import cosine_schedule, make_optimizer, set_lr
+from support.options import Amount, Beta, Count, Natural, Share, TrainConfig, load_config
+from support.processes import all_reduce_sum, gather_in_order, say, world_size
+from support.run import Run
+from support.teacher_codes import TeacherTokenizer, cluster_features
+from support.teachers import open_teacher
+from support.use import encode
 
 
 @dataclass
-class TokenizerConfig(engine.TrainConfig):
+class TokenizerConfig(TrainConfig):
     """The `tokenizer` section. The image is cut into the same patches as the student's: `model.patch_size`."""
 
     mode: Literal["train", "encode"] = "train"  # encode: write the codes of images instead
@@ -87,210 +96,6 @@ SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "tokenizer": Tokenize
 # may share a code. CLIP was trained to match images with sentences, so its features are about things that people name.
 # HOG sees edges, and its codes are about edges. A teacher is any module with `output_dim` that maps images in [0,1],
 # [B, 3, S, S], to one feature for each patch, [B, N, output_dim].
-
-
-class Teacher(nn.Module):
-    """A frozen Vision Transformer: images in [0,1], [B, 3, S, S] -> patch features [B, N, output_dim].
-
-    The image is resized so that the teacher has as many patches as the tokenizer: the grid times the teacher's patch
-    size. So patch i of both shows the same place. Features are those after the final norm (and after CLIP's projection
-    into the space it shares with text). They are not scaled any further: the cosine loss looks at their direction only.
-
-    Why [0,1] here and the teacher's own normalisation inside: each network must see colours in the range it was trained
-    with. A teacher that gets another range still answers, but the answers are worse, and nothing tells you so.
-    """
-
-    def __init__(self, backbone: VisionTransformer, mean: tuple, std: tuple, output_dim: int | None = None):
-        super().__init__()
-        self.backbone, self.mean, self.std = backbone, mean, std
-        self.projection = nn.Linear(backbone.embed_dim, output_dim, bias=False) if output_dim else nn.Identity()
-        self.patch_size, self.output_dim = backbone.patch_size, output_dim or backbone.embed_dim
-        self.requires_grad_(False).eval()
-
-    def prepare(self, images: Tensor) -> Tensor:
-        """Images in [0,1] at the backbone's resolution, normalised its way."""
-        size = self.backbone.image_size
-        if images.shape[-1] != size:
-            images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        return data.normalize(images, self.mean, self.std)
-
-    @torch.no_grad()  # the teacher is only asked; it never learns
-    def forward(self, images: Tensor) -> Tensor:
-        tokens = self.backbone(self.prepare(images))  # [B, 1 + N, width], [CLS] first
-        return self.projection(tokens[:, 1:])  # [B, N, output_dim]: the target, a feature for each patch
-
-
-class HOG(nn.Module):
-    """Histograms of oriented gradients, the target of MaskFeat (arXiv 2112.09133): a teacher without training.
-
-    Each patch has 2 x 2 cells; each cell counts, for each colour channel, how much gradient points into each of 9
-    orientations between 0 and 180 degrees. Cells are scaled to unit length, so that contrast does not count, and
-    centred: else predicting the mean histogram everywhere earns half the cosine, and small tokenizers settle for it.
-    Images in [0,1], [B, 3, S, S] -> [B, N, 3 * 9 * 4].
-    """
-
-    orientations = 9
-
-    def __init__(self, patch_size: int):
-        super().__init__()
-        if patch_size % 2:
-            raise ModelError(f"the teacher 'hog' halves each patch, so model.patch_size must be even, not {patch_size}")
-        self.patch_size, self.output_dim = patch_size, 2 * 2 * 3 * self.orientations
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        # The gradient of each pixel: how much brighter its right neighbour is than its left one, and the lower than the
-        # upper one. At the border the image is continued by its own edge.
-        B, C, S, _ = images.shape
-        cell, cells = self.patch_size // 2, 2 * S // self.patch_size
-        padded = F.pad(images.float(), (1, 1, 1, 1), mode="replicate")
-        dx = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]  # [B, C, S, S]
-        dy = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
-
-        # Each pixel votes for the orientation of its gradient, with the gradient's length as its weight. An edge from
-        # dark to light and one from light to dark have the same orientation, so angles are taken modulo 180 degrees.
-        # An orientation between two bins counts for both, in proportion: else a small turn could change everything.
-        angle = torch.atan2(dy, dx) / math.pi * self.orientations % self.orientations
-        lower, share = angle.floor().long() % self.orientations, angle - angle.floor()
-        upper, strength = (lower + 1) % self.orientations, torch.hypot(dx, dy)
-        votes = torch.zeros(B, C, self.orientations, S, S, device=images.device)
-        votes.scatter_(2, lower[:, :, None], (strength * (1 - share))[:, :, None])
-        votes.scatter_(2, upper[:, :, None], (strength * share)[:, :, None])
-
-        # The mean of the votes in each cell is its histogram; then the 2 x 2 cells of a patch are put side by side.
-        histograms = F.avg_pool2d(votes.flatten(1, 2), cell).unflatten(1, (C, -1))  # [B, C, 9, cells, cells]
-        histograms = histograms / (histograms.norm(dim=2, keepdim=True) + 0.01)  # .01: flat cells stay near zero
-        histograms = histograms - histograms.mean(dim=2, keepdim=True)
-        patches = F.pixel_unshuffle(histograms.flatten(1, 2), 2)  # [B, C*9*4, grid, grid]
-        return patches.flatten(2).transpose(1, 2)
-
-
-class Pixels(nn.Module):
-    """The patch itself, the target of MAE (arXiv 2111.06377): its pixels, scaled to mean 0 and variance 1.
-
-    Without that scaling the brightness of a patch would be most of what there is to say.
-    Images in [0,1], [B, 3, S, S] -> [B, N, 3 * P * P].
-    """
-
-    def __init__(self, patch_size: int):
-        super().__init__()
-        self.patch_size, self.output_dim = patch_size, 3 * patch_size**2
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        patches = F.pixel_unshuffle(images.float(), self.patch_size).flatten(2).transpose(1, 2)
-        return F.layer_norm(patches, patches.shape[-1:], eps=1e-3)
-
-
-DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{0}/{0}{1}_pretrain.pth"
-# name: where its weights are published, the SHA-256 if known, and what `VisionTransformer` must be for it
-TEACHERS = {
-    "clip_vitb16": ("https://openaipublic.azureedge.net/clip/models/"
-                    "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
-                    "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
-                    dict(size="base", patch_size=16, output_dim=512)),
-    "dino_vits16": ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", "",
-                    dict(size="small", patch_size=16)),
-    "dino_vitb16": ("https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "",
-                    dict(size="base", patch_size=16)),
-    "dinov2_vits14": (DINOV2_URL.format("dinov2_vits14", ""), "", dict(size="small", patch_size=14)),
-    "dinov2_vitb14": (DINOV2_URL.format("dinov2_vitb14", ""), "", dict(size="base", patch_size=14)),
-    "dinov2_vits14_reg": (DINOV2_URL.format("dinov2_vits14", "_reg4"), "", dict(size="small", patch_size=14)),
-    "dinov2_vitb14_reg": (DINOV2_URL.format("dinov2_vitb14", "_reg4"), "", dict(size="base", patch_size=14)),
-}
-
-
-def rename_clip_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """OpenAI's CLIP image tower under our names. The text tower is left behind."""
-    state = {name.removeprefix("visual."): value.float() for name, value in state.items() if name.startswith("visual.")}
-    if "proj" not in state:
-        raise UserError("the CLIP weights hold no image tower (visual.conv1.weight, ...): use OpenAI's ViT-B-16.pt")
-    renamed = {"projection.weight": state.pop("proj").T, "backbone.cls_token": state.pop("class_embedding")[None, None],
-               "backbone.pos_embed": state.pop("positional_embedding")[None],
-               "backbone.patch_embed.proj.weight": state.pop("conv1.weight")}
-    renamed["backbone.patch_embed.proj.bias"] = torch.zeros(len(renamed["backbone.patch_embed.proj.weight"]))
-    for old, new in (("ln_pre", "norm_pre"), ("ln_post", "norm"), ("ln_1", "norm1"), ("ln_2", "norm2"),
-                     ("c_fc", "fc1"), ("c_proj", "fc2"), ("in_proj_", "qkv."), ("out_proj", "proj"),
-                     ("transformer.resblocks", "blocks")):
-        state = {name.replace(old, new): value for name, value in state.items()}
-    return renamed | split_qkv_bias({f"backbone.{name}": value for name, value in state.items()})
-
-
-def rename_dino_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DINO and DINOv2 under our names; DINOv2's mask token and its registers' missing positions need no more."""
-    renamed = {}
-    for name, value in state.items():
-        name = name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
-        if not name.startswith(("mask_token", "head.")):
-            renamed[f"backbone.{name}"] = value
-    return split_qkv_bias(renamed)
-
-
-def split_qkv_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace `qkv.bias` by `q_bias` and `v_bias`. The keys' share cancels in the softmax, so dropping it is exact."""
-    for name in [name for name in state if name.endswith("attn.qkv.bias")]:
-        bias, stem = state.pop(name), name.removesuffix("qkv.bias")
-        state[f"{stem}q_bias"], _, state[f"{stem}v_bias"] = bias.chunk(3)
-    return state
-
-
-def open_teacher(config) -> nn.Module:
-    """The teacher that `tokenizer.teacher` names, its patch grid that of the tokenizer. Raises UserError."""
-    name, weights = config.tokenizer.teacher, config.tokenizer.teacher_weights
-    grid = config.data.image_size // config.model.patch_size
-    if name in ("hog", "pixels"):
-        return {"hog": HOG, "pixels": Pixels}[name](config.model.patch_size)
-    if name == "beitv2":  # one of our own checkpoints, which says what its backbone is
-        if not weights:
-            raise UserError("the teacher 'beitv2' needs a pre-trained checkpoint: set tokenizer.teacher_weights=PATH")
-        path = engine.fetch(weights, "tokenizer.teacher_weights")
-        content = read_checkpoint(path)
-        if "config" not in content:
-            raise UserError(f"'{path}' does not say what model it holds: the teacher 'beitv2' must be a checkpoint "
-                            f"that pretrain.py wrote")
-        model = ModelConfig(**content["config"]["model"])
-        backbone = VisionTransformer(**model.backbone(grid * model.patch_size))
-        engine.say(load_pretrained(backbone, content, source=str(path)))
-        return Teacher(backbone, data.IMAGENET_MEAN, data.IMAGENET_STD)
-
-    url, sha256, shape = TEACHERS[name]
-    path = engine.fetch(weights or url, "tokenizer.teacher_weights", sha256)
-    if name == "clip_vitb16":
-        state = rename_clip_keys(read_clip(path, sha256))
-    else:
-        state = rename_dino_keys(read_checkpoint(path))
-    teacher = build_teacher(name, grid, shape)
-    engine.say(load_pretrained(teacher, state, source=str(path)))
-    return teacher
-
-
-def build_teacher(name: str, grid: int, shape: dict) -> Teacher:
-    """An untrained teacher: `shape` is its size (a name of SIZES, or width, depth, heads), patch size, projection."""
-    size, patch_size = shape["size"], shape["patch_size"]
-    width, depth, heads = SIZES[size] if isinstance(size, str) else size
-    options = dict(image_size=grid * patch_size, patch_size=patch_size, embed_dim=width, depth=depth, num_heads=heads,
-                   abs_pos_embed=True)
-    if name.startswith("clip"):
-        backbone = VisionTransformer(pre_norm=True, quick_gelu=True, norm_eps=1e-5, **options)
-        return Teacher(backbone, CLIP_MEAN, CLIP_STD, shape["output_dim"])
-    if name.startswith("dinov2"):
-        options |= dict(layer_scale=1.0, num_registers=4 if name.endswith("_reg") else 0)
-    return Teacher(VisionTransformer(**options), data.IMAGENET_MEAN, data.IMAGENET_STD)
-
-
-def read_clip(path: Path, sha256: str) -> dict[str, Tensor]:
-    """CLIP's weights from a plain state dict, or from OpenAI's archive.
-
-    That archive is TorchScript, which is code. It is opened only if it is, by its SHA-256, the file OpenAI published.
-    """
-    try:
-        return read_checkpoint(path)
-    except ModelError:
-        if engine.file_sha256(path) != sha256:
-            raise UserError(f"'{path}' is neither a plain state dict nor OpenAI's ViT-B-16.pt (SHA-256 "
-                            f"{sha256[:12]}…): download it again, or set tokenizer.teacher_weights to another file") \
-                from None
-    return torch.jit.load(path, map_location="cpu").state_dict()
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -391,7 +196,7 @@ class Quantizer(nn.Module):
         # For this step ranks exchange K counts and K sums of vectors. Sums can be added over ranks, so one process and
         # many give the same codes, up to rounding. (A mean of the ranks' means would weigh a rank with one hit like one
         # with a thousand.) The revival below also gathers the vectors themselves.
-        counts, sums = engine.all_reduce_sum(self.counts), engine.all_reduce_sum(self.sums)
+        counts, sums = all_reduce_sum(self.counts), all_reduce_sum(self.sums)
         weight, hit = self.embedding.weight, (counts > 0)[:, None]
         means = F.normalize(sums / counts.clamp(min=1)[:, None], dim=1)
         moved = F.normalize(self.ema_decay * weight + (1 - self.ema_decay) * means, dim=1)
@@ -401,7 +206,7 @@ class Quantizer(nn.Module):
         if self.revive_below:  # not in the paper
             # The i-th dead code takes the i-th of the shuffled candidates. No size here depends on how many are dead,
             # so the host need not wait for the device to count them.
-            candidates = engine.gather_in_order(torch.cat(self.seen)).flatten(0, 1)
+            candidates = gather_in_order(torch.cat(self.seen)).flatten(0, 1)
             generator = torch.Generator(weight.device).manual_seed(seed)
             order = torch.randperm(len(candidates), generator=generator, device=weight.device)[:len(weight)]
             dead = self.running_count < self.revive_below
@@ -432,7 +237,7 @@ class Quantizer(nn.Module):
             counts = torch.zeros(len(weight), device=z.device).index_add_(0, ids, torch.ones(len(z), device=z.device))
             sums = torch.zeros_like(weight).index_add_(0, ids, z)
             weight.copy_(torch.where(counts[:, None] > 0, F.normalize(sums, dim=1), weight))
-        if engine.world_size() > 1:
+        if world_size() > 1:
             torch.distributed.broadcast(weight, 0)  # ranks may have rounded differently
 
 
@@ -572,34 +377,9 @@ def build_vqkd(config, teacher_dim: int) -> VQKD:
                 c.init_std)
 
 
-class TeacherTokenizer(nn.Module):
-    """No VQ-KD, but the question that everyone asks of it: why not cluster the teacher's features themselves?
-
-    The code of a patch is the nearest of K means of the frozen teacher's features (`tokenizer.encoder: teacher`). No
-    encoder and no decoder is trained, so codes cost a pass through the teacher: they want `data.views`. It shows how
-    much of the teacher's features K codes can keep at best.
-    """
-
-    may_be_fresh = ("teacher.", "quantize.running_count")  # checkpoints hold the codebook alone
-
-    def __init__(self, teacher: nn.Module, grid: int, codebook_size: int):
-        super().__init__()
-        self.teacher, self.grid, self.patch_size = teacher, grid, teacher.patch_size
-        self.quantize = Quantizer(codebook_size, teacher.output_dim)
-
-    @torch.no_grad()
-    def token_ids(self, images: Tensor) -> Tensor:
-        """Images in [0,1], [B, 3, S, S] -> the code of each patch, row by row, int64 [B, N]."""
-        return self.quantize(self.teacher(images))[1]
-
-    def forward(self, images: Tensor, teacher_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As VQKD.forward. What a decoder would predict is the code itself, which is a mean of features."""
-        codes, ids, commitment_loss = self.quantize(teacher_features)
-        return 1 - F.cosine_similarity(codes, teacher_features.float(), dim=-1).mean(), commitment_loss, ids
-
-
 def build_teacher_tokenizer(config, teacher: nn.Module) -> TeacherTokenizer:
-    return TeacherTokenizer(teacher, config.data.image_size // config.model.patch_size, config.tokenizer.codebook_size)
+    c = config.tokenizer
+    return TeacherTokenizer(teacher, config.data.image_size // config.model.patch_size, Quantizer(c.codebook_size, teacher.output_dim))
 
 
 def load_tokenizer(config, path: Path) -> "VQKD | TeacherTokenizer":
@@ -608,16 +388,16 @@ def load_tokenizer(config, path: Path) -> "VQKD | TeacherTokenizer":
     if config.tokenizer.encoder == "teacher":
         model = build_teacher_tokenizer(config, open_teacher(config))
         load_pretrained(model, content, source=str(path))
-        engine.say(f"codes: the nearest of {config.tokenizer.codebook_size} means of {config.tokenizer.teacher}'s "
+        say(f"codes: the nearest of {config.tokenizer.codebook_size} means of {config.tokenizer.teacher}'s "
                    f"features, from {path}")
         return model.requires_grad_(False).eval()
-    engine.say_if_unfinished(content, path)
+    say_if_unfinished(content, path)
     # The teacher and the decoder's depth need not be configured here: both sizes are read from the file.
     state = model_state(content, str(path))
     teacher_dim = len(state.get("decode_task_layer.2.bias", [0]))
     config.tokenizer.decoder_depth = len({name.split(".")[2] for name in state if name.startswith("decoder.blocks.")})
     model = build_vqkd(config, teacher_dim)
-    engine.say(load_pretrained(model, content, source=str(path)))
+    say(load_pretrained(model, content, source=str(path)))
     return model.requires_grad_(False).eval()
 
 
@@ -626,34 +406,34 @@ def load_tokenizer(config, path: Path) -> "VQKD | TeacherTokenizer":
 
 
 def main() -> None:
-    config = engine.load_config(SECTIONS)
+    config = load_config(SECTIONS)
     if config.tokenizer.mode == "encode":
-        encode(config)
+        encode(config, load_tokenizer)
     else:
         train(config)
 
 
 def train(config) -> None:
     cfg = config.tokenizer
-    run = engine.Run("tokenizer", config, cfg)
+    run = Run("tokenizer", config, cfg)
 
     # The images, and the frozen teacher. Crops may be small here (from 8 % of the image): then a patch shows an object
     # from near, and the codes learn details. No colour jitter: the codes shall say what is there.
-    train_set, val_set = data.open_datasets(config.data)
+    train_set, val_set = open_datasets(config.data)
     teacher = open_teacher(config).to(run.device)
     view = data.TrainView(train_set, config.seed, config.data.image_size, cfg.crop_scale, views=config.data.views)
     val_view = data.ValView(val_set, config.data.image_size)
-    if data.cache_folder(config):  # fixed crops: the teacher looks at each of them once, before the training begins
+    if cache_folder(config):  # fixed crops: the teacher looks at each of them once, before the training begins
         view.attached["features"] = cached_features(run, teacher, data.FixedCrops(view), "training crops")
         val_view.attached["features"] = cached_features(run, teacher, val_view, "validation images")
-    loader = data.TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
-    val_loader = data.ValLoader(val_view, run.device_batch, workers=config.data.workers)
+    loader = TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
+    val_loader = ValLoader(val_view, run.device_batch, workers=config.data.workers)
     bank_loader = open_bank(run, train_set)  # for bag_knn, see `evaluate`
 
     if cfg.encoder == "teacher":
         run.claim_folder(read_checkpoint)
         model = build_teacher_tokenizer(config, teacher).to(run.device)
-        cluster_features(run, model, loader)
+        cluster_features(run, model, loader, features_of)
         val = evaluate(run, model, teacher, val_loader, bank_loader, len(val_set.classes))
         run.save_model("last.pt", nn.ModuleDict({"quantize": model.quantize}), val)
         run.write_alone(val)
@@ -663,10 +443,10 @@ def train(config) -> None:
     # asked for. The codebook is no part of what the optimizer moves: it has no gradient.
     model = build_vqkd(config, teacher.output_dim).to(run.device)
     parallel = run.prepare(model)
-    optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay), cfg)
+    optimizer = make_optimizer(parameter_groups(model, cfg.weight_decay), cfg)
     usage = CodeUsage(cfg.codebook_size, run.device)
     run.begin(loader, read_checkpoint, model=model, optimizer=optimizer, usage=usage)
-    lr = engine.cosine_schedule(cfg.lr, cfg.min_lr, cfg.epochs, run.steps_per_epoch, cfg.warmup_epochs)
+    lr = cosine_schedule(cfg.lr, cfg.min_lr, cfg.epochs, run.steps_per_epoch, cfg.warmup_epochs)
 
     if run.step == 0:  # a run that goes on has its codebook in the checkpoint
         start_from_first_batch(run, model, teacher)
@@ -674,7 +454,7 @@ def train(config) -> None:
     for epoch in run.epochs():
         parallel.train()
         for micro_batches in run.steps(epoch):
-            engine.set_lr(optimizer, lr[run.step])
+            set_lr(optimizer, lr[run.step])
             for batch in micro_batches:
                 # 1. Teacher and tokenizer look at the same pixels, in [0,1], and each normalises them in its own way.
                 images = data.to_unit(batch["image"])  # [B, 3, S, S]
@@ -705,33 +485,33 @@ def train(config) -> None:
 
 
 @torch.no_grad()
-def cached_features(run: engine.Run, teacher: nn.Module, images, title: str) -> data.Cache:
+def cached_features(run: Run, teacher: nn.Module, images, title: str) -> Cache:
     """The teacher's features of images that never change, [N, teacher_dim] for each, in half precision.
 
     Half precision rounds a feature by 0.05 % at most, which moves the cosine by less than 1e-6.
     """
     config, grid = run.config, run.config.data.image_size // run.config.model.patch_size
-    about = dict(teacher=config.tokenizer.teacher, weights=data.digest(teacher), grid=grid,
+    about = dict(teacher=config.tokenizer.teacher, weights=digest(teacher), grid=grid,
                  precision=run.precision.name)
-    cache = data.Cache(data.cache_folder(config), "features", images, about, (grid**2, teacher.output_dim), "float16")
+    cache = Cache(cache_folder(config), "features", images, about, (grid**2, teacher.output_dim), "float16")
 
     def compute(batch: dict) -> Tensor:
         with run.autocast():
             return teacher(data.to_unit(batch["image"])).half()
 
-    return cache.fill(compute, data.CACHE_BATCH, run.device, config.data.workers, f"teacher's features of {title}")
+    return cache.fill(compute, CACHE_BATCH, run.device, config.data.workers, f"teacher's features of {title}")
 
 
 @torch.no_grad()
-def cached_codes(run: engine.Run, tokenizer: VQKD | TeacherTokenizer, view: data.TrainView) -> data.Cache:
+def cached_codes(run: Run, tokenizer: VQKD | TeacherTokenizer, view: data.TrainView) -> Cache:
     """The frozen tokenizer's codes of all crops of `view`, [N] for each.
 
     k-means codes of a teacher come from its features, which stage 1 has left in the cache if the crops are the same.
     """
     config = run.config
-    about = dict(tokenizer=data.digest(tokenizer), precision=run.precision.name)
+    about = dict(tokenizer=digest(tokenizer), precision=run.precision.name)
     crops = data.FixedCrops(view)
-    cache = data.Cache(data.cache_folder(config), "codes", crops, about, (tokenizer.grid**2,), "int32")
+    cache = Cache(cache_folder(config), "codes", crops, about, (tokenizer.grid**2,), "int32")
     if isinstance(tokenizer, TeacherTokenizer) and not cache.done.all():
         crops.attached["features"] = cached_features(run, tokenizer.teacher, crops, "training crops")
 
@@ -741,7 +521,7 @@ def cached_codes(run: engine.Run, tokenizer: VQKD | TeacherTokenizer, view: data
                 return tokenizer.quantize(batch["features"].float())[1].int()
             return tokenizer.token_ids(data.to_unit(batch["image"])).int()
 
-    return cache.fill(compute, data.CACHE_BATCH, run.device, config.data.workers, "codes of training crops")
+    return cache.fill(compute, CACHE_BATCH, run.device, config.data.workers, "codes of training crops")
 
 
 def features_of(teacher: nn.Module, batch: dict) -> Tensor:
@@ -752,25 +532,7 @@ def features_of(teacher: nn.Module, batch: dict) -> Tensor:
 
 
 @torch.no_grad()
-def cluster_features(run: engine.Run, model: TeacherTokenizer, loader: data.TrainLoader) -> None:
-    """k-means of the teacher's features, on random patches of the training images: about a hundred for each code.
-
-    That many are enough to place a mean. All patches of all images would not fit in memory.
-    """
-    images = loader.batches_per_epoch * run.device_batch * engine.world_size()
-    patches = min(model.grid**2, math.ceil(100 * run.config.tokenizer.codebook_size / images))  # of each image
-    generator, z = torch.Generator().manual_seed(run.config.seed), []
-    for batch in loader.epoch(0):
-        with run.autocast():
-            features = features_of(model.teacher, {key: batch[key].to(run.device) for key in batch})
-        z.append(features[:, torch.randperm(model.grid**2, generator=generator)[:patches]])
-    z = engine.gather_in_order(torch.cat(z)).flatten(0, 1)
-    engine.say(f"k-means of {len(z)} of the teacher's features, then the figures of its codes: minutes on a CPU")
-    model.quantize.init_from(z, seed=run.config.seed, iterations=20)
-
-
-@torch.no_grad()
-def start_from_first_batch(run: engine.Run, model: VQKD, teacher: nn.Module) -> None:
+def start_from_first_batch(run: Run, model: VQKD, teacher: nn.Module) -> None:
     """Initialise codebook and decoder from the images of the first optimizer step, those of all ranks.
 
     `kmeans_init`: the codes are k-means of the encoder's vectors.
@@ -786,15 +548,15 @@ def start_from_first_batch(run: engine.Run, model: VQKD, teacher: nn.Module) -> 
             features = features_of(teacher, batch)
         total = total + F.normalize(features.float(), dim=-1).sum(dim=(0, 1))  # [teacher_dim]
     if cfg.kmeans_init:
-        model.quantize.init_from(engine.gather_in_order(torch.cat(z)).flatten(0, 1), seed=run.config.seed)
+        model.quantize.init_from(gather_in_order(torch.cat(z)).flatten(0, 1), seed=run.config.seed)
     if cfg.mean_start:
         output = model.decode_task_layer[2]
         output.weight.zero_()
-        output.bias.copy_(F.normalize(engine.all_reduce_sum(total), dim=0))
+        output.bias.copy_(F.normalize(all_reduce_sum(total), dim=0))
 
 
 @torch.no_grad()
-def evaluate(run: engine.Run, model: VQKD | TeacherTokenizer, teacher: nn.Module, loader, bank_loader,
+def evaluate(run: Run, model: VQKD | TeacherTokenizer, teacher: nn.Module, loader, bank_loader,
              classes: int) -> dict:
     """Figures of the validation images, each counted once: cosine loss, usage, perplexity, bag_knn, and one_class.
 
@@ -812,7 +574,7 @@ def evaluate(run: engine.Run, model: VQKD | TeacherTokenizer, teacher: nn.Module
         bank.append(bag_of_codes(ids, codebook_size))
         bank_labels.append(batch["label"].to(run.device))
     if bank_loader:
-        bank, bank_labels = (engine.gather_in_order(torch.cat(part), len(bank_loader.chosen))
+        bank, bank_labels = (gather_in_order(torch.cat(part), len(bank_loader.chosen))
                              for part in (bank, bank_labels))
 
     counts = torch.zeros(codebook_size, classes, dtype=torch.float64, device=run.device)  # patches of a code in a class
@@ -828,9 +590,9 @@ def evaluate(run: engine.Run, model: VQKD | TeacherTokenizer, teacher: nn.Module
         sums += torch.tensor([cosine_loss.item(), accuracy, 1.0], device=run.device) * len(images)
         places = ids * classes + batch["label"][:, None]  # a code and a class as one number
         counts += places.flatten().bincount(minlength=codebook_size * classes).view_as(counts)
-    loss, hits, count = engine.all_reduce_sum(sums).tolist()
+    loss, hits, count = all_reduce_sum(sums).tolist()
     usage = CodeUsage(codebook_size, run.device)
-    usage.add(engine.all_reduce_sum(counts).sum(dim=1))
+    usage.add(all_reduce_sum(counts).sum(dim=1))
     largest = counts.max(dim=1).values[usage.counts > 0] / usage.counts[usage.counts > 0]
     figures = {"cosine_loss": loss / count, **usage.figures(), "one_class": (largest >= 0.5).double().mean().item()}
     return figures | ({"bag_knn": hits / count} if bank_loader else {})
@@ -842,14 +604,14 @@ def bag_of_codes(ids: Tensor, codebook_size: int) -> Tensor:
     return torch.zeros(len(ids), codebook_size, device=ids.device).scatter_add_(1, ids, ones).sqrt()
 
 
-def open_bank(run: engine.Run, train_set) -> data.ValLoader | None:
+def open_bank(run: Run, train_set) -> ValLoader | None:
     """Evenly chosen training images, cropped as for validation, that bag_knn compares with; None without bag_knn."""
     if not run.config.tokenizer.knn_images:
         return None
     images = min(run.config.tokenizer.knn_images, len(train_set))
     chosen = torch.linspace(0, len(train_set) - 1, images).long().tolist()
     view = data.ValView(train_set, run.config.data.image_size, strict=False)
-    return data.ValLoader(view, run.device_batch, workers=run.config.data.workers, indices=chosen)
+    return ValLoader(view, run.device_batch, workers=run.config.data.workers, indices=chosen)
 
 
 def check_collapse(train_perplexity: float, epoch: int, cfg: TokenizerConfig) -> None:
@@ -866,32 +628,5 @@ def check_collapse(train_perplexity: float, epoch: int, cfg: TokenizerConfig) ->
 # Act 5. Using it
 
 
-@torch.no_grad()
-def encode(config) -> None:
-    """Print the code grid of each image, or write {"files": names, "codes": int64 [images, grid, grid]} to a file."""
-    cfg = config.tokenizer
-    device = engine.setup_distributed(config.device)
-    images = data.open_files(cfg.images)
-    loader = data.ValLoader(data.ValView(images, config.data.image_size), cfg.device_batch_size or 64,
-                            workers=min(config.data.workers, len(images)))
-    path = engine.stage_checkpoint(config, "tokenizer", cfg.weights, "tokenizer.weights")
-    model = load_tokenizer(config, path).to(device)
-    precision, ids = engine.Precision(config.precision, device), []
-    for batch in loader:
-        with precision.autocast():
-            ids.append(model.token_ids(data.to_unit(batch["image"].to(device))))
-    codes = engine.gather_in_order(torch.cat(ids), len(images)).view(-1, model.grid, model.grid).cpu()
-    names = [images.name(i) for i in range(len(images))]
-    if cfg.output:
-        if engine.rank() == 0:
-            Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
-            engine.save_atomically({"files": names, "codes": codes}, Path(cfg.output))
-        engine.say(f"codes of {len(names)} images: {cfg.output}")
-    else:
-        width = len(str(cfg.codebook_size - 1))
-        for name, grid in zip(names, codes.tolist()):
-            engine.say("\n".join([name, *(" ".join(f"{code:>{width}}" for code in row) for row in grid)]))
-
-
 if __name__ == "__main__":
-    engine.launch(main, ModelError)
+    launch(main, ModelError)

@@ -20,6 +20,9 @@ import beitv2  # noqa: E402
 import data  # noqa: E402
 import pretrain  # noqa: E402
 import tokenizer as vqkd  # noqa: E402
+from support.datasets import open_dataset  # noqa: E402
+from support.files import stage_checkpoint  # noqa: E402
+from support.options import load_config  # noqa: E402
 
 SEEDS = (0, 1, 2)
 
@@ -58,7 +61,7 @@ def masks(grid: int = 14, num_masked: int = 75, count: int = 300) -> None:
                  "single": lambda: single[torch.randperm(grid**2, generator=generator)]}
         y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
         places = torch.stack([y.flatten(), x.flatten()], dim=1).float()
-        shapes = data.open_dataset(data.DataConfig("shapes", image_size=grid * 4, val_images=count), "val")
+        shapes = open_dataset(data.DataConfig("shapes", image_size=grid * 4, val_images=count), "val")
         view = data.ValView(shapes, grid * 4)
         colours = torch.stack([data.to_unit(view[i]["image"]) for i in range(count)])
         colours = F.avg_pool2d(colours, 4).flatten(2).transpose(1, 2)  # [count, N, 3], the mean colour of each patch
@@ -111,15 +114,15 @@ def swap(run: str) -> None:
     """The head's accuracy with the image's own [CLS], with that of another image, and with the mean of all."""
     checkpoint = beitv2.read_checkpoint(f"{run}/pretrain/last.pt")
     saved = checkpoint["config"]["pretrain"]
-    config = pretrain.engine.load_config(pretrain.SECTIONS, ["configs/demo.yaml", f"output_dir={run}"])
+    config = load_config(pretrain.SECTIONS, ["configs/demo.yaml", f"output_dir={run}"])
     for name in ("num_masked", "min_block", "early_layers", "head_layers", "shared_lm_head"):
         setattr(config.pretrain, name, saved[name])
-    path = pretrain.engine.stage_checkpoint(config, "tokenizer", saved["tokenizer_weights"], "pretrain.tokenizer_weights")
+    path = stage_checkpoint(config, "tokenizer", saved["tokenizer_weights"], "pretrain.tokenizer_weights")
     tokenizer = vqkd.load_tokenizer(config, path)
     model = pretrain.build_model(config).eval()
     beitv2.load_pretrained(model, checkpoint)
     size = config.data.image_size
-    view = data.ValView(data.open_dataset(config.data, "val"), size)
+    view = data.ValView(open_dataset(config.data, "val"), size)
     images = data.to_unit(torch.stack([view[i]["image"] for i in range(1000)]))
     aggregate = model.aggregate
     changes = {"its own": lambda cls: cls, "another image's": lambda cls: cls.roll(1, dims=0),

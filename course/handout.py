@@ -43,9 +43,8 @@ ASSIGNMENTS = {
     6: Assignment("Patch aggregation", {
         "beitv2.py": ["MaskedImageModel.aggregate"]}),
     7: Assignment("Evaluation and fine-tuning", {
-        "beitv2.py": ["Classifier.forward"],
-        "finetune.py": ["knn_accuracy"],
-        "engine.py": ["lr_scale"]}),
+        "beitv2.py": ["Classifier.forward", "lr_scale"],
+        "finetune.py": ["knn_accuracy"]}),
 }
 
 # What a student receives. Not the other tests, which give solutions away, and nothing else of this folder.

@@ -12,12 +12,15 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import engine  # noqa: E402
 import finetune  # noqa: E402
 import pretrain  # noqa: E402
 import tokenizer  # noqa: E402
 import visualize  # noqa: E402
 from beitv2 import ModelError  # noqa: E402
+from support.compare import FIGURES, as_markdown, figures_of, mean_and_deviation  # noqa: E402
+from support.errors import UserError  # noqa: E402
+from support.launch import launch  # noqa: E402
+from support.processes import say  # noqa: E402
 
 CONFIG, FOLDER, SEEDS = "configs/ablations.yaml", Path("runs/ablations"), (0, 1, 2)
 
@@ -75,7 +78,7 @@ def run(name: str, seed: int, script, arguments: list[str]) -> None:
     folder, stage = FOLDER / f"{name}-{seed}", stage_of(script, arguments)
     done = folder / f"{stage}.done"
     if not done.exists():
-        engine.say(f"\n--- {folder}, {stage}")
+        say(f"\n--- {folder}, {stage}")
         sys.argv = [f"{script.__name__}.py", CONFIG, f"output_dir={folder}", f"seed={seed}", *arguments]
         script.main()
         done.touch()
@@ -99,23 +102,23 @@ def print_tables() -> None:
     """Means over the seeds that have been run, and standard deviations where there are two or more."""
     for block, rows, stages, _ in BLOCKS:
         measured = {stage_of(*stage) for stage in stages or [(tokenizer, [])]}  # a row may have more, of another block
-        wanted = [title for title, where, *_ in visualize.FIGURES if where[-1] in measured]
-        figures = {title: [visualize.figures_of(FOLDER / f"{name}-{seed}", "_scratch" if name == "none" else "")
+        wanted = [title for title, where, *_ in FIGURES if where[-1] in measured]
+        figures = {title: [figures_of(FOLDER / f"{name}-{seed}", "_scratch" if name == "none" else "")
                            for seed in SEEDS] for title, name, _ in rows}
         figures = {title: [run for run in runs if any(key in run for key in wanted)] for title, runs in figures.items()}
         titles = [key for key in wanted if any(key in run for runs in figures.values() for run in runs)]
         table = [[block.lower(), "change", "seeds", *titles]]
         for title, _, changes in rows:
-            cells = (visualize.mean_and_deviation(key, figures[title]) for key in titles)
+            cells = (mean_and_deviation(key, figures[title]) for key in titles)
             table.append([title, " ".join(f"`{change}`" for change in changes), str(len(figures[title])), *cells])
-        print(f"\n{visualize.as_markdown(table)}")
+        print(f"\n{as_markdown(table)}")
 
 
 def main() -> None:
     arguments = sys.argv[1:]
     named = [seed for a in arguments if a.startswith("seeds=") for seed in a.partition("=")[2].split(",")]
     if unknown := set(named) - set(map(str, SEEDS)):
-        raise engine.UserError(f"seeds={','.join(sorted(unknown))}: the seeds are {', '.join(map(str, SEEDS))}, such as "
+        raise UserError(f"seeds={','.join(sorted(unknown))}: the seeds are {', '.join(map(str, SEEDS))}, such as "
                                f"seeds=0,2")
     chosen = [int(seed) for seed in named] or SEEDS
     rest = [a for a in arguments if not a.startswith("seeds=") and a != "tables"]
@@ -126,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    engine.launch(main, ModelError)
+    launch(main, ModelError)

@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import engine  # noqa: E402
 import finetune  # noqa: E402
 import pretrain  # noqa: E402
 import tokenizer  # noqa: E402
 import visualize  # noqa: E402
 from beitv2 import ModelError  # noqa: E402
+from support.launch import launch  # noqa: E402
+from support.processes import say  # noqa: E402
 
 # What is done, by which script with which options, and its share of the time in per cent.
 STEPS = [
@@ -41,11 +42,11 @@ def main() -> None:
         if done:
             seconds = (time.monotonic() - start) * (total - done) / done
             left = f" (about {seconds / 60:.1f} minutes left)" if share else ""
-        engine.say(f"\n--- step {number} of {len(STEPS)}, {title}{left}")
+        say(f"\n--- step {number} of {len(STEPS)}, {title}{left}")
         sys.argv = [f"{script.__name__}.py", *arguments, *options]
         script.main()
         done += share
 
 
 if __name__ == "__main__":
-    engine.launch(main, ModelError)
+    launch(main, ModelError)

@@ -30,11 +30,16 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
-import engine  # noqa: E402
 import finetune  # noqa: E402
 import pretrain  # noqa: E402
 import tokenizer as vqkd  # noqa: E402
 from beitv2 import Classifier, masked_positions  # noqa: E402
+from beitv2 import parameter_groups  # noqa: E402
+from support.launch import launch  # noqa: E402
+from support.optimizers import make_optimizer  # noqa: E402
+from support.options import load_config  # noqa: E402
+from support.run import Run  # noqa: E402
+from support.teachers import TEACHERS, build_teacher  # noqa: E402
 
 SECTIONS = vqkd.SECTIONS | pretrain.SECTIONS | finetune.SECTIONS
 IMAGES = (16, 32, 64, 128)  # of one forward pass
@@ -83,7 +88,7 @@ def half_precision() -> torch.autocast:
 def tokenizer_stage(config):
     name = config.tokenizer.teacher
     grid = config.data.image_size // config.model.patch_size
-    teacher = vqkd.build_teacher(name, grid, vqkd.TEACHERS[name][2])
+    teacher = build_teacher(name, grid, TEACHERS[name][2])
     model = vqkd.build_vqkd(config, teacher.output_dim)
 
     def loss_of(images: Tensor) -> Tensor:
@@ -131,14 +136,14 @@ def training_step(config, stage: str, images: int) -> Callable[[], None]:
     """A step of `stage` with micro-batches of so many images, on the default device; all that it needs is there."""
     cfg = getattr(config, stage)
     model, loss_of = STAGES[stage](config)
-    optimizer = engine.make_optimizer(engine.parameter_groups(model, cfg.weight_decay), cfg)
+    optimizer = make_optimizer(parameter_groups(model, cfg.weight_decay), cfg)
     # AdamW's state comes with the first step, and from a step's second micro-batch on there are gradients too.
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
     batch = torch.zeros(images, 3, config.data.image_size, config.data.image_size, dtype=torch.uint8)
     if torch.get_default_device().type == "cuda" and config.compile != "false":
-        model.compile()  # in place; as engine.Run.prepare does
+        model.compile()  # in place; as Run.prepare does
 
     def step() -> None:
         loss_of(data.to_unit(batch)).backward()
@@ -192,7 +197,7 @@ def main() -> None:
             for recomputed in (False, True):
                 if stage == "tokenizer" and (recomputed or file != files[0]):
                     continue  # it always keeps its activations, and is the same in both configs
-                config = engine.load_config(SECTIONS, [file, f"model.checkpoint_activations={recomputed}", *options])
+                config = load_config(SECTIONS, [file, f"model.checkpoint_activations={recomputed}", *options])
                 if on_gpu:
                     size, speed = measure(config, stage)
                     row = f"{getattr(config, stage).device_batch_size} | {size:.1f} | {speed:,.0f}"
@@ -203,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    engine.launch(main)
+    launch(main)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tokenizer as vqkd  # noqa: E402
+from support.processes import all_reduce_sum, gather_in_order  # noqa: E402
 
 pytestmark = pytest.mark.assignment(3)
 
@@ -297,14 +298,14 @@ def test_update_adds_up_counts_and_sums_of_all_processes(monkeypatch):
     before, z = q.embedding.weight.clone(), batch_of(1)[0, 0]
     q.counts[0], q.sums[0] = 2.0, 2 * z
     # The other process has hit the next code, with the same vectors.
-    monkeypatch.setattr(vqkd.engine, "all_reduce_sum", lambda tensor: tensor.add_(tensor.roll(1, dims=0)))
+    monkeypatch.setattr(vqkd, "all_reduce_sum", lambda tensor: tensor.add_(tensor.roll(1, dims=0)))
     hits = q.update(seed=0)
     assert hits.tolist() == [2, 2, 0, 0], \
         "with 2 hits of code 0 here and 2 of code 1 in another process update should count [2, 2, 0, 0], but counts " \
-        f"{hits.tolist()}: call engine.all_reduce_sum for `counts`"
+        f"{hits.tolist()}: call all_reduce_sum for `counts`"
     for code in (0, 1):
         assert torch.allclose(q.embedding.weight[code], F.normalize(0.9 * before[code] + 0.1 * z, dim=0), atol=1e-5), \
-            "a code that another process hit should follow its vectors, but does not: call engine.all_reduce_sum for " \
+            "a code that another process hit should follow its vectors, but does not: call all_reduce_sum for " \
             "`sums`"
 
 
@@ -315,18 +316,18 @@ def test_dead_codes_may_take_the_vectors_of_all_processes(monkeypatch):
         shapes.append(list(tensor.shape))
         return torch.stack([tensor, -tensor], dim=1).flatten(0, 1)  # the other process has seen the opposite
 
-    monkeypatch.setattr(vqkd.engine, "gather_in_order", gather)
+    monkeypatch.setattr(vqkd, "gather_in_order", gather)
     q.running_count[:] = 0.1
     z = batch_of(4).view(2, 2, 4)  # two micro-batches of an image with two patches
     q.seen += [z[:1], z[1:]]
     q.update(seed=0)
-    assert shapes, "update should gather `seen` over all processes: call engine.gather_in_order"
+    assert shapes, "update should gather `seen` over all processes: call gather_in_order"
     assert all(len(shape) == 3 for shape in shapes), \
-        f"engine.gather_in_order should get the images as rows, [B, N, D], but gets {shapes[0]}: flatten afterwards"
+        f"gather_in_order should get the images as rows, [B, N, D], but gets {shapes[0]}: flatten afterwards"
     distance = torch.cdist(torch.cat([z, -z]).flatten(0, 1), q.embedding.weight).min(dim=1).values.max()
     assert distance < 1e-4, \
         "eight dead codes should take the four vectors of this process and the four of another, but do not: is the " \
-        "result of engine.gather_in_order used?"
+        "result of gather_in_order used?"
 
 
 # -- Quantizer.init_from ------------------------------------------------------------------------------------------

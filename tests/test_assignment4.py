@@ -11,6 +11,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tokenizer as vqkd  # noqa: E402
+from support.teachers import HOG  # noqa: E402
 
 pytestmark = pytest.mark.assignment(4)
 
@@ -56,7 +57,7 @@ def ramp(degrees: float, size: int = 32, strength: float = 0.01) -> torch.Tensor
 
 
 def test_hog_has_a_feature_for_each_patch():
-    features = vqkd.HOG(8)(torch.rand(2, 3, 24, 24))
+    features = HOG(8)(torch.rand(2, 3, 24, 24))
     assert features.shape == (2, 9, 108), \
         "HOG of 3 x 3 patches should be [B, N, 3 colours * 9 orientations * 4 cells] = [2, 9, 108], but is " \
         f"{list(features.shape)}"
@@ -65,7 +66,7 @@ def test_hog_has_a_feature_for_each_patch():
 @pytest.mark.parametrize("degrees", [0, 40, 50, 90, 150, 220])
 def test_hog_counts_the_orientation_of_the_gradient(degrees):
     """The features of a patch are 3 colours x 9 orientations x 4 cells. 40 and 220 degrees are one orientation."""
-    histogram = vqkd.HOG(8)(ramp(degrees))[0, 5].view(3, 9, 4)[0, :, 0]
+    histogram = HOG(8)(ramp(degrees))[0, 5].view(3, 9, 4)[0, :, 0]
     share = degrees % 180 / 180 * 9
     expected = torch.zeros(9)
     expected[int(share) % 9] += 1 - share % 1
@@ -78,13 +79,13 @@ def test_hog_counts_the_orientation_of_the_gradient(degrees):
 
 
 def test_hog_ignores_contrast_and_centres_its_histograms():
-    weak, strong = (vqkd.HOG(8)(ramp(30, strength=s))[0, 5] for s in (0.008, 0.016))
+    weak, strong = (HOG(8)(ramp(30, strength=s))[0, 5] for s in (0.008, 0.016))
     assert difference(weak, strong) < 0.4 * strong.abs().max(), \
         f"half the contrast should give nearly the same features, but they differ by {difference(weak, strong):.2f} " \
         f"of {strong.abs().max():.2f}: is each histogram divided by its length + .01?"
     mean = strong.view(3, 9, 4).mean(dim=1).abs().max().item()
     assert mean < 1e-4, f"the nine orientations of a cell should have the mean 0, but have {mean:.2g}: subtract it"
-    flat = vqkd.HOG(8)(torch.full((1, 3, 16, 16), 0.3)).abs().max().item()
+    flat = HOG(8)(torch.full((1, 3, 16, 16), 0.3)).abs().max().item()
     assert flat == 0, f"a flat image should have no features, but has {flat:.2g}"
 
 
@@ -92,7 +93,7 @@ def test_hog_keeps_patches_and_cells_in_their_places():
     """A flat image with one bright pixel, in the lower left cell of patch 6 of 4 x 4."""
     image = torch.full((1, 3, 32, 32), 0.5)
     image[..., 14, 17] += 0.3
-    features = vqkd.HOG(8)(image)[0]
+    features = HOG(8)(image)[0]
     strongest = features.norm(dim=1).argmax().item()
     assert strongest == 6, f"a gradient in patch 6 of a grid of 4 x 4 should show in patch 6, but shows in {strongest}"
     cell = features[6].view(3, 9, 4).norm(dim=(0, 1)).argmax().item()

@@ -10,8 +10,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import beitv2  # noqa: E402
-import engine  # noqa: E402
 import finetune  # noqa: E402
+from beitv2 import lr_scale  # noqa: E402
 
 pytestmark = pytest.mark.assignment(7)
 
@@ -82,7 +82,7 @@ def test_knn_returns_a_share_of_all_queries():
 
 
 def scale(name: str) -> float:
-    return engine.lr_scale(name, depth=12, layer_decay=0.65)
+    return lr_scale(name, depth=12, layer_decay=0.65)
 
 
 @pytest.mark.parametrize("name", ["head.weight", "fc_norm.bias", "norm.weight"])

@@ -19,7 +19,11 @@ from torchvision.transforms.v2 import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
-from engine import UserError  # noqa: E402
+from support.datasets import NAMED, open_dataset, open_files, open_folder  # noqa: E402
+from support.errors import UserError  # noqa: E402
+from support.frozen import Cache, cache_folder  # noqa: E402
+from support.launch import launch  # noqa: E402
+from support.loaders import Rounds, TrainLoader, ValLoader  # noqa: E402
 
 
 def parity_folder() -> Path:
@@ -30,7 +34,7 @@ def parity_folder() -> Path:
 
 
 def shapes(split="train", count=40, size=32):
-    return data.open_dataset(data.DataConfig("shapes", image_size=size, train_images=count, val_images=count), split)
+    return open_dataset(data.DataConfig("shapes", image_size=size, train_images=count, val_images=count), split)
 
 
 def folder(path: Path, train=40, val=20, classes=("cat", "dog")) -> data.DataConfig:
@@ -200,7 +204,7 @@ def test_where_torchvision_finds_no_box_nothing_is_erased(monkeypatch):
 
 def test_batches_are_the_same_for_any_number_of_workers():
     view = full_view(shapes(count=23))
-    alone, helped = (data.TrainLoader(view, 4, seed=1, workers=workers) for workers in (0, 2))
+    alone, helped = (TrainLoader(view, 4, seed=1, workers=workers) for workers in (0, 2))
     assert alone.batches_per_epoch == 5
     for epoch in (0, 1):  # twice: the workers live on
         assert all_same(alone.epoch(epoch), helped.epoch(epoch))
@@ -208,24 +212,24 @@ def test_batches_are_the_same_for_any_number_of_workers():
 
 def test_an_epoch_restarts_in_its_middle():
     view = full_view(shapes(count=23))
-    whole = list(data.TrainLoader(view, 4, seed=1).epoch(3))
-    assert all_same(whole[2:], data.TrainLoader(view, 4, seed=1).epoch(3, start=2))
-    interrupted = data.TrainLoader(view, 4, seed=1, workers=2)
+    whole = list(TrainLoader(view, 4, seed=1).epoch(3))
+    assert all_same(whole[2:], TrainLoader(view, 4, seed=1).epoch(3, start=2))
+    interrupted = TrainLoader(view, 4, seed=1, workers=2)
     next(interrupted.epoch(3))  # left with samples under way
     assert all_same(whole[2:], interrupted.epoch(3, start=2))
-    assert list(data.TrainLoader(view, 4, seed=1).epoch(3, start=5)) == []
+    assert list(TrainLoader(view, 4, seed=1).epoch(3, start=5)) == []
 
 
 def test_epochs_are_shuffled_and_hold_each_image_once():
-    loader = data.TrainLoader(data.TrainView(shapes(count=20), 0, 16), 4, seed=1)
+    loader = TrainLoader(data.TrainView(shapes(count=20), 0, 16), 4, seed=1)
     first, second = ([i for batch in loader.epoch(e) for i in batch["index"].tolist()] for e in (0, 1))
     assert sorted(first) == sorted(second) == list(range(20)) and first != second and first != sorted(first)
 
 
 def test_two_ranks_see_together_what_one_sees():
     view = full_view(shapes(count=27))
-    one = list(data.TrainLoader(view, 8, seed=1).epoch(1))
-    ranks = [list(data.TrainLoader(view, 4, seed=1, rank=rank, world_size=2).epoch(1)) for rank in (0, 1)]
+    one = list(TrainLoader(view, 8, seed=1).epoch(1))
+    ranks = [list(TrainLoader(view, 4, seed=1, rank=rank, world_size=2).epoch(1)) for rank in (0, 1)]
     assert len(one) == len(ranks[0]) == len(ranks[1]) == 3
     for whole, even, odd in zip(one, *ranks):
         together = {key: torch.stack([even[key], odd[key]], 1).flatten(0, 1) for key in whole}
@@ -235,15 +239,15 @@ def test_two_ranks_see_together_what_one_sees():
 def test_more_ranks_than_images():
     view = data.TrainView(shapes(count=3), 0, 16)
     with pytest.raises(UserError, match="4 process.* need 4 training images .* only 3"):
-        data.TrainLoader(view, 1, seed=0, world_size=4)
+        TrainLoader(view, 1, seed=0, world_size=4)
     with pytest.raises(UserError, match="only 3"):
-        data.TrainLoader(view, 4, seed=0)
+        TrainLoader(view, 4, seed=0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_workers_leave_signals_to_the_parent(number, monkeypatch):
     monkeypatch.setattr(data.engine, "cores", lambda: 2)  # there are at most as many workers
-    loader = data.TrainLoader(data.TrainView(shapes(count=40), 0, 16), 2, seed=1, workers=2)
+    loader = TrainLoader(data.TrainView(shapes(count=40), 0, 16), 2, seed=1, workers=2)
     epoch = loader.epoch(0)
     batches = [next(epoch), next(epoch)]  # one of each worker: so both have started, and ignore the signals
     workers = [process for process in multiprocessing.active_children() if process.daemon]  # others: test_course.py's
@@ -256,14 +260,16 @@ def test_workers_leave_signals_to_the_parent(number, monkeypatch):
 def test_an_unforeseen_error_ends_the_run_although_workers_ignore_signals():
     """Python would wait for the workers for ever: the traceback holds the loader, and so they are not told to end."""
     code = """
-import data, start, tests.test_data as these
+import data, tests.test_data as these
+from support.loaders import TrainLoader
+from support.launch import launch
 
 def main():
-    loader = data.TrainLoader(data.TrainView(these.shapes(), 0, 16), 2, seed=1, workers=2)
+    loader = TrainLoader(data.TrainView(these.shapes(), 0, 16), 2, seed=1, workers=2)
     for batch in loader.epoch(0):
         batch["a typing error"]
 
-start.launch(main)
+launch(main)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent, capture_output=True, text=True,
                           timeout=100)
@@ -271,9 +277,9 @@ start.launch(main)
 
 
 def test_the_loader_leaves_the_default_generator_alone():
-    loader = data.TrainLoader(full_view(shapes()), 4, seed=1)
+    loader = TrainLoader(full_view(shapes()), 4, seed=1)
     before = torch.get_rng_state()
-    list(loader.epoch(0)), list(data.ValLoader(data.ValView(shapes(), 16), 4))
+    list(loader.epoch(0)), list(ValLoader(data.ValView(shapes(), 16), 4))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -299,9 +305,9 @@ def mean_colours(batch: dict) -> torch.Tensor:
     return batch["image"].float().mean(dim=(2, 3))
 
 
-def make_cache(path: Path, seed=3, scale=(0.08, 1.0), compute=mean_colours, **about) -> data.Cache:
+def make_cache(path: Path, seed=3, scale=(0.08, 1.0), compute=mean_colours, **about) -> Cache:
     crops = data.FixedCrops(data.TrainView(shapes(), seed, 16, scale, views=2))
-    cache = data.Cache(path, "colours", crops, {"network": "mean"} | about, (3,), "float32")
+    cache = Cache(path, "colours", crops, {"network": "mean"} | about, (3,), "float32")
     return cache.fill(compute, 16, torch.device("cpu"), 0, "colours")
 
 
@@ -313,14 +319,14 @@ def refuse(batch: dict):
 def test_cached_values_arrive_with_their_sample(tmp_path, workers):
     view = data.TrainView(shapes(), 3, 16, num_masked=6, mask_grid=4, views=2)
     view.attached["colours"] = make_cache(tmp_path)
-    loader = data.TrainLoader(view, 8, seed=1, workers=workers)
+    loader = TrainLoader(view, 8, seed=1, workers=workers)
     for epoch in (0, 1, 2):
         for batch in loader.epoch(epoch):
             assert torch.equal(batch["colours"], mean_colours(batch))
     val = data.ValView(shapes("val"), 16)
-    val.attached["colours"] = data.Cache(tmp_path, "colours", val, {}, (3,), "float32").fill(
+    val.attached["colours"] = Cache(tmp_path, "colours", val, {}, (3,), "float32").fill(
         mean_colours, 7, torch.device("cpu"), 0, "colours")
-    batch = next(iter(data.ValLoader(val, 8, rank=1, world_size=2)))
+    batch = next(iter(ValLoader(val, 8, rank=1, world_size=2)))
     assert torch.equal(batch["colours"], mean_colours(batch))
 
 
@@ -352,7 +358,7 @@ def test_other_crops_networks_or_data_sets_have_a_cache_of_their_own(tmp_path):
     for other in (make_cache(tmp_path, scale=(0.5, 1.0)), make_cache(tmp_path, network="median")):
         assert other.folder != first.folder
     crops = data.FixedCrops(data.TrainView(shapes(size=40), 3, 16, views=2))  # as many images, but others
-    assert data.Cache(tmp_path, "colours", crops, {"network": "mean"}, (3,), "float32").folder != first.folder
+    assert Cache(tmp_path, "colours", crops, {"network": "mean"}, (3,), "float32").folder != first.folder
     assert make_cache(tmp_path, compute=refuse).folder == first.folder
     assert make_cache(tmp_path, seed=4, compute=refuse).folder == first.folder  # a run's seed changes no crop
 
@@ -411,7 +417,7 @@ def test_two_runs_that_start_at_once_share_one_cache(tmp_path, monkeypatch):
 def test_a_cache_with_gaps_is_not_used(tmp_path):
     """Such as on a network disk, where one machine's writes may undo another's."""
     crops = data.FixedCrops(data.TrainView(shapes(), 3, 16, views=2))
-    cache = data.Cache(tmp_path, "colours", crops, {}, (3,), "float32")
+    cache = Cache(tmp_path, "colours", crops, {}, (3,), "float32")
 
     def compute(batch):
         cache.done[:5] = False
@@ -435,7 +441,7 @@ def test_a_full_disk_is_told_before_anything_is_computed(tmp_path, monkeypatch):
 
 def test_where_caches_lie():
     def folder_of(**options):
-        return data.cache_folder(types.SimpleNamespace(output_dir="runs/x", data=data.DataConfig(**options)))
+        return cache_folder(types.SimpleNamespace(output_dir="runs/x", data=data.DataConfig(**options)))
 
     assert folder_of() is None and folder_of(views=2, cache="none") is None
     assert folder_of(views=2) == Path("runs/x/cache") and folder_of(views=2, cache="shared") == Path("shared")
@@ -446,7 +452,7 @@ def test_where_caches_lie():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_each_validation_image_counts_once(world_size):
-    loaders = [data.ValLoader(data.ValView(shapes("val", 10), 16), 3, rank, world_size) for rank in range(world_size)]
+    loaders = [ValLoader(data.ValView(shapes("val", 10), 16), 3, rank, world_size) for rank in range(world_size)]
     batches = [batch for loader in loaders for batch in loader]
     assert sorted(i for batch in batches for i in batch["index"].tolist()) == list(range(10))
     assert len(batches) == sum(map(len, loaders))
@@ -454,10 +460,10 @@ def test_each_validation_image_counts_once(world_size):
 
 
 def test_a_chosen_few_are_divided_among_the_ranks():
-    loaders = [data.ValLoader(data.ValView(shapes("val", 10), 16), 2, rank, 2, indices=[7, 1, 4]) for rank in (0, 1)]
+    loaders = [ValLoader(data.ValView(shapes("val", 10), 16), 2, rank, 2, indices=[7, 1, 4]) for rank in (0, 1)]
     assert [[i for batch in loader for i in batch["index"].tolist()] for loader in loaders] == [[7, 4], [1]]
     with pytest.raises(UserError, match="cannot be shared by 2 processes"):  # on every rank, or one would wait for ever
-        data.ValLoader(data.ValView(shapes("val", 10), 16), 2, 0, 2, indices=[7])
+        ValLoader(data.ValView(shapes("val", 10), 16), 2, 0, 2, indices=[7])
 
 
 @pytest.mark.parametrize("size, left_out", [(224, 16), (384, 0)])
@@ -467,7 +473,7 @@ def test_the_evaluation_crop(size, left_out):
         def __len__(self): return 1
         def load(self, _): return Image.fromarray(np.tile(np.linspace(0, 255, 1024).astype(np.uint8), (512, 1))).convert("RGB")
         def label(self, _): return 0
-    (batch,) = data.ValLoader(data.ValView(Ramp(), size), 1)
+    (batch,) = ValLoader(data.ValView(Ramp(), size), 1)
     assert batch["image"].shape == (1, 3, size, size) and batch["image"].dtype == torch.uint8
     shorter = size + 2 * left_out  # 256 for 224
     margin = (2 * shorter - size) / 2 / (2 * shorter)  # of the width, on either side
@@ -487,8 +493,8 @@ def test_an_unreadable_training_image_is_named_and_replaced(tmp_path, capsys, wo
     config = folder(tmp_path, train=120)
     broken = tmp_path / "train/dog/007.png"
     truncate(broken)
-    dataset = data.open_dataset(config, "train")
-    loader = data.TrainLoader(data.TrainView(dataset, 0, 16), 10, seed=0, workers=workers)
+    dataset = open_dataset(config, "train")
+    loader = TrainLoader(data.TrainView(dataset, 0, 16), 10, seed=0, workers=workers)
     for epoch in (0, 1):
         batches = list(loader.epoch(epoch))
         indices = torch.cat([batch["index"] for batch in batches]).tolist()
@@ -502,14 +508,14 @@ def test_an_unreadable_training_image_is_named_and_replaced(tmp_path, capsys, wo
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_rounds_run_over_the_ends_of_epochs(accumulation):
     """Rounds of 4 steps over epochs of 3: the same images in each step, wherever one starts and in how many parts."""
-    loader = data.TrainLoader(data.TrainView(shapes(count=27), 0, 16), 8 // accumulation, seed=0)
-    rounds = data.Rounds(loader, 4, accumulation)
+    loader = TrainLoader(data.TrainView(shapes(count=27), 0, 16), 8 // accumulation, seed=0)
+    rounds = Rounds(loader, 4, accumulation)
 
     def steps(number, start=0):
         batches = [batch["index"] for batch in rounds.epoch(number, start)]
         return torch.cat(batches).view(-1, 8).tolist()
 
-    whole = data.TrainLoader(data.TrainView(shapes(count=27), 0, 16), 8, seed=0)
+    whole = TrainLoader(data.TrainView(shapes(count=27), 0, 16), 8, seed=0)
     expected = [batch["index"].tolist() for epoch in range(4) for batch in whole.epoch(epoch)]
     assert [step for number in range(3) for step in steps(number)] == expected[:12]
     assert steps(1, start=2 * accumulation) == expected[6:8]
@@ -517,7 +523,7 @@ def test_rounds_run_over_the_ends_of_epochs(accumulation):
 
 def test_each_rank_may_meet_its_share_of_unreadable_images():
     """Of 800 images, 1 % is 8: for each of four ranks, which sees 200 of them in an epoch, it is 2."""
-    loader = data.TrainLoader(data.TrainView(shapes(count=800), 0, 16), 4, seed=0, rank=3, world_size=4)
+    loader = TrainLoader(data.TrainView(shapes(count=800), 0, 16), 4, seed=0, rank=3, world_size=4)
     loader.count_unreadable(["a", "", "b\na"])
     with pytest.raises(UserError, match="3 of 200 .* more than 1 %"):
         loader.count_unreadable(["c"])
@@ -527,7 +533,7 @@ def test_too_many_unreadable_training_images_end_the_run(tmp_path):
     config = folder(tmp_path, train=120)
     truncate(tmp_path / "train/dog/007.png")
     (tmp_path / "train/cat/010.png").write_text("no image at all")
-    loader = data.TrainLoader(data.TrainView(data.open_dataset(config, "train"), 0, 16), 10, seed=0)
+    loader = TrainLoader(data.TrainView(open_dataset(config, "train"), 0, 16), 10, seed=0)
     with pytest.raises(UserError, match="2 of 120 training images cannot be read"):
         list(loader.epoch(0))
 
@@ -537,7 +543,7 @@ def test_nothing_but_unreadable_images(tmp_path, workers):
     config = folder(tmp_path, train=8)
     for file in (tmp_path / "train").rglob("*.png"):
         truncate(file)
-    loader = data.TrainLoader(data.TrainView(data.open_dataset(config, "train"), 0, 16), 4, seed=0, workers=workers)
+    loader = TrainLoader(data.TrainView(open_dataset(config, "train"), 0, 16), 4, seed=0, workers=workers)
     with pytest.raises(UserError, match=r"^ten images in a row cannot be read[^\n]*\.png[^\n]*$"):
         list(loader.epoch(0))
 
@@ -547,17 +553,17 @@ def test_an_unreadable_validation_image_is_an_error(tmp_path, workers):
     config = folder(tmp_path)
     truncate(tmp_path / "val/cat/004.png")
     with pytest.raises(UserError, match=r"^the image '.*val/cat/004.png' cannot be read[^\n]*$"):
-        list(data.ValLoader(data.ValView(data.open_dataset(config, "val"), 16), 4, workers=workers))
+        list(ValLoader(data.ValView(open_dataset(config, "val"), 16), 4, workers=workers))
 
 
 def test_sentences_for_missing_folders(tmp_path):
     config = folder(tmp_path / "images")
-    assert data.open_dataset(config, "train").classes == ["cat", "dog"]
-    assert len(data.open_dataset(config, "train")) == 40 and len(data.open_dataset(config, "val")) == 20
+    assert open_dataset(config, "train").classes == ["cat", "dog"]
+    assert len(open_dataset(config, "train")) == 40 and len(open_dataset(config, "val")) == 20
 
     def sentence(root, split="train"):
         with pytest.raises(UserError) as error:
-            data.open_dataset(data.DataConfig("imagefolder", root=str(root)), split)
+            open_dataset(data.DataConfig("imagefolder", root=str(root)), split)
         assert "\n" not in str(error.value) and "data.root" in str(error.value)
         return str(error.value)
 
@@ -570,10 +576,10 @@ def test_sentences_for_missing_folders(tmp_path):
     assert "only one of them has emu" in sentence(tmp_path / "images", "val")
 
 
-@pytest.mark.parametrize("name", data.NAMED)
+@pytest.mark.parametrize("name", NAMED)
 def test_sentence_for_a_named_data_set_that_is_not_there(name, tmp_path):
     with pytest.raises(UserError, match=rf"{name} is not .*set data.download=true"):
-        data.open_dataset(data.DataConfig(name, root=str(tmp_path)), "train")
+        open_dataset(data.DataConfig(name, root=str(tmp_path)), "train")
 
 
 def test_sentence_for_a_failed_download(tmp_path, monkeypatch):
@@ -582,7 +588,7 @@ def test_sentence_for_a_failed_download(tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     for split in ("train", "val"):
         with pytest.raises(UserError, match="cifar10 could not be fetched .*unreachable"):
-            data.open_dataset(data.DataConfig("cifar10", root=str(tmp_path), download=True), split)
+            open_dataset(data.DataConfig("cifar10", root=str(tmp_path), download=True), split)
 
 
 def test_a_named_data_set_opens(tmp_path):
@@ -595,7 +601,7 @@ def test_a_named_data_set_opens(tmp_path):
     (batches / "batches.meta").write_bytes(pickle.dumps(meta))
     with pytest.MonkeyPatch.context() as patch:  # our small files have other check sums
         patch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-        dataset = data.open_dataset(data.DataConfig("cifar10", root=str(tmp_path)), "train")
+        dataset = open_dataset(data.DataConfig("cifar10", root=str(tmp_path)), "train")
     assert len(dataset) == 20 and dataset.classes == meta["label_names"] and list(dataset.labels[:4]) == [3, 1, 4, 1]
     assert dataset.name(5) == "cifar10/train/5" and dataset.label(2) == 4
     assert np.array_equal(np.asarray(dataset.load(1)), pixels[1].reshape(3, 32, 32).transpose(1, 2, 0))
@@ -627,7 +633,7 @@ def test_every_kind_of_image_decodes_to_sensible_rgb(tmp_path):
     (tmp_path / "train/all").mkdir(parents=True)
     for name in wanted:
         os.rename(tmp_path / name, tmp_path / "train/all" / name)
-    dataset = data.open_dataset(data.DataConfig("imagefolder", root=str(tmp_path)), "train")
+    dataset = open_dataset(data.DataConfig("imagefolder", root=str(tmp_path)), "train")
     assert len(dataset) == len(wanted)
     for i in range(len(dataset)):
         image, (left, right) = dataset.load(i), wanted[Path(dataset.name(i)).name]
@@ -648,8 +654,8 @@ def test_photographs_of_ones_own_are_turned_upright_and_data_sets_are_not(tmp_pa
     exif[0x0112] = 6
     picture.save(file, exif=exif)
     stored = np.asarray(picture)
-    assert np.array_equal(np.asarray(data.open_files(str(file)).load(0)), np.rot90(stored, -1))
-    assert np.array_equal(np.asarray(data.open_folder(str(tmp_path), "train").load(0)), stored)
+    assert np.array_equal(np.asarray(open_files(str(file)).load(0)), np.rot90(stored, -1))
+    assert np.array_equal(np.asarray(open_folder(str(tmp_path), "train").load(0)), stored)
 
 
 def test_a_link_that_points_upwards_counts_no_image_twice(tmp_path):
@@ -660,11 +666,11 @@ def test_a_link_that_points_upwards_counts_no_image_twice(tmp_path):
     (tmp_path / "train/dog/001.png").rename(tmp_path / "more/001.png")
     (tmp_path / "train/dog/linked").symlink_to(tmp_path / "more")  # a link to elsewhere is followed
     (tmp_path / "train/cat/up").unlink()
-    images = data.open_folder(str(tmp_path), "train")
+    images = open_folder(str(tmp_path), "train")
     assert sorted(os.path.basename(images.name(i)) for i in range(len(images))) == [f"{i:03d}.png" for i in range(4)]
     (tmp_path / "train/cat/up").symlink_to(tmp_path / "train")
-    names = [data.open_files(str(tmp_path / "train")).name(i) for i in range(4)]
-    assert len(data.open_files(str(tmp_path / "train"))) == 4 and len({os.path.realpath(name) for name in names}) == 4
+    names = [open_files(str(tmp_path / "train")).name(i) for i in range(4)]
+    assert len(open_files(str(tmp_path / "train"))) == 4 and len({os.path.realpath(name) for name in names}) == 4
 
 
 def test_shapes_are_drawn_from_split_and_index_alone():

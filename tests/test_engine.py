@@ -21,16 +21,24 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import engine  # noqa: E402
-import start  # noqa: E402
 from beitv2 import read_checkpoint  # noqa: E402
-from engine import UserError  # noqa: E402
+from beitv2 import parameter_groups  # noqa: E402
+from support import processes  # noqa: E402
+from support.errors import Interrupted, UserError  # noqa: E402
+from support.files import fetch, keep_lines, read_lines, save_atomically, stage_checkpoint  # noqa: E402
+from support.launch import STOP_SIGNALS, launch  # noqa: E402
+from support.loaders import TrainLoader  # noqa: E402
+from support.optimizers import cosine_schedule, make_optimizer, set_lr  # noqa: E402
+from support.options import TrainConfig, as_dict, changed_keys, load_config  # noqa: E402
+from support.precision import Precision, cpu_has_bf16  # noqa: E402
+from support.processes import all_reduce_sum, gather_in_order, on_main, say, setup_distributed  # noqa: E402
+from support.run import Metrics, Run, seed_everything  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """A run installs its own; pytest wants its own back."""
-    handlers = {number: signal.getsignal(number) for number in engine.STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -52,7 +60,7 @@ class Options:
 
 def load(tmp_path, text: str, *overrides: str):
     (tmp_path / "c.yaml").write_text(text)
-    return engine.load_config({"data": Options}, [str(tmp_path / "c.yaml"), *overrides])
+    return load_config({"data": Options}, [str(tmp_path / "c.yaml"), *overrides])
 
 
 @pytest.mark.parametrize("text, field, value", [
@@ -118,11 +126,11 @@ def test_a_config_that_is_not_there(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
     for arguments in ([], ["data.rate=1"], ["--help"], [str(tmp_path / "none.yaml")], [str(tmp_path)], [str(tmp_path / "binary.yaml")]):
         with pytest.raises(UserError, match="config"):
-            engine.load_config({"data": Options}, arguments)
+            load_config({"data": Options}, arguments)
 
 
 def test_as_dict_is_plain(tmp_path):
-    values = engine.as_dict(load(tmp_path, "data: {count: 5}"))
+    values = as_dict(load(tmp_path, "data: {count: 5}"))
     assert values["data"]["count"] == 5 and values["data"]["pair"] == [0.9, 0.999] and "file" not in values
     assert json.loads(json.dumps(values)) == values
 
@@ -134,7 +142,7 @@ def test_as_dict_is_plain(tmp_path):
     (UserError("first\n  second"), 1, "error: first second"), (KeyError("expected"), 1, "error: 'expected'"),
     (OSError(errno.ENOSPC, "No space left on device", "m.jsonl"), 1, "cannot read or write 'm.jsonl' (No space left on device)"),
     (torch.OutOfMemoryError("CUDA"), 1, "device_batch_size"), (KeyboardInterrupt(), 130, "stopped: interrupted"),
-    (engine.Interrupted("saved at step 3"), 130, "stopped: saved at step 3"),
+    (Interrupted("saved at step 3"), 130, "stopped: saved at step 3"),
 ])
 def test_launch_says_one_sentence(error, status, words, monkeypatch, capsys):
     def leave(status):
@@ -145,7 +153,7 @@ def test_launch_says_one_sentence(error, status, words, monkeypatch, capsys):
 
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(SystemExit) as left:
-        engine.launch(main, KeyError)
+        launch(main, KeyError)
     out = capsys.readouterr().err
     assert left.value.code == status and words in out and out.count("\n") == 1
 
@@ -163,21 +171,21 @@ def test_what_cannot_be_printed_ends_nothing(monkeypatch, number):
     done = []
 
     def main():
-        engine.say("hello")
+        say("hello")
         print("a warning", file=sys.stderr, flush=True)
         for i in tqdm(range(2), disable=False):
             done.append(i)
 
     monkeypatch.setattr(sys, "stdout", Gone())
     monkeypatch.setattr(sys, "stderr", Gone())
-    engine.launch(main)
+    launch(main)
     assert done == [0, 1]
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EIO, "I/O error")])
 def test_launch_lets_bugs_through(error):
     with pytest.raises(type(error)):
-        engine.launch(lambda: (_ for _ in ()).throw(error))
+        launch(lambda: (_ for _ in ()).throw(error))
 
 
 # --- files from elsewhere ----------------------------------------------------------------------------------------
@@ -201,25 +209,25 @@ def published(folder: Path, content: bytes) -> tuple[str, str]:
 
 def test_fetch_downloads_once_and_checks(hub):
     url, sha256 = published(hub / "there", b"weights")
-    path = engine.fetch(url, "a.weights", sha256)
+    path = fetch(url, "a.weights", sha256)
     assert path.read_bytes() == b"weights"
     (hub / "there" / "w.pth").unlink()
-    assert engine.fetch(url, "a.weights", sha256) == path  # without the network now
-    assert engine.fetch(str(path), "a.weights") == path  # a local path serves as well
+    assert fetch(url, "a.weights", sha256) == path  # without the network now
+    assert fetch(str(path), "a.weights") == path  # a local path serves as well
 
 
 def test_fetch_refuses_a_file_with_another_sum(hub):
     url, _ = published(hub / "there", b"weights")
     with pytest.raises(UserError, match="a.weights=PATH"):
-        engine.fetch(url, "a.weights", "0" * 64)
+        fetch(url, "a.weights", "0" * 64)
     assert not list((hub / "hub").rglob("w.pth"))
 
 
 def test_fetch_checks_a_file_that_is_already_there(hub):
     url, sha256 = published(hub / "there", b"weights")
-    engine.fetch(url, "a.weights", sha256).write_bytes(b"spoiled")
+    fetch(url, "a.weights", sha256).write_bytes(b"spoiled")
     try:
-        assert engine.fetch(url, "a.weights", sha256).read_bytes() == b"weights"  # downloaded again, or ...
+        assert fetch(url, "a.weights", sha256).read_bytes() == b"weights"  # downloaded again, or ...
     except UserError:
         pass  # ... refused
 
@@ -231,35 +239,35 @@ def test_fetch_knows_the_sum_that_a_name_carries(hub):
         Path(url.removeprefix("file://")).with_name(name).write_bytes(b"weights")
         renamed = url.replace("w.pth", name)
         if fits:
-            assert engine.fetch(renamed, "a.weights").read_bytes() == b"weights"
+            assert fetch(renamed, "a.weights").read_bytes() == b"weights"
         else:
             with pytest.raises(UserError, match="a.weights=PATH"):
-                engine.fetch(renamed, "a.weights")
+                fetch(renamed, "a.weights")
 
 
 def test_fetch_does_not_confuse_two_files_of_one_name(hub):
     first, second = published(hub / "one", b"1")[0], published(hub / "two", b"2")[0]
-    assert engine.fetch(first, "k").read_bytes() == b"1" and engine.fetch(second, "k").read_bytes() == b"2"
+    assert fetch(first, "k").read_bytes() == b"1" and fetch(second, "k").read_bytes() == b"2"
 
 
 def test_fetch_and_stage_checkpoint_say_what_is_missing(hub, monkeypatch):
     with pytest.raises(UserError, match="a.weights.*none.pth"):
-        engine.fetch(str(hub / "none.pth"), "a.weights")
+        fetch(str(hub / "none.pth"), "a.weights")
     with pytest.raises(UserError, match="a.weights=PATH"):
-        engine.fetch((hub / "none.pth").as_uri(), "a.weights")
+        fetch((hub / "none.pth").as_uri(), "a.weights")
 
     config = load(hub, f"output_dir: {hub}/run")
     with pytest.raises(UserError, match=r"torchrun tokenizer.py .*c.yaml.*, or set p\.t="):
-        engine.stage_checkpoint(config, "tokenizer", "", "p.t")
+        stage_checkpoint(config, "tokenizer", "", "p.t")
     # The command repeats what was changed on the command line, but for the options of the script that asks.
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "c.yaml", f"output_dir={hub}/run", "tokenizer.epochs=2",
                                       "data.root=a b", "pretrain.epochs=3"])
     with pytest.raises(UserError, match=f"c.yaml output_dir={hub}/run tokenizer.epochs=2 'data.root=a b'`, or"):
-        engine.stage_checkpoint(config, "tokenizer", "", "p.t")
+        stage_checkpoint(config, "tokenizer", "", "p.t")
     (hub / "run" / "tokenizer").mkdir(parents=True)
     (hub / "run" / "tokenizer" / "last.pt").touch()
-    assert engine.stage_checkpoint(config, "tokenizer", "", "p.t") == hub / "run" / "tokenizer" / "last.pt"
-    assert engine.stage_checkpoint(config, "tokenizer", str(hub / "c.yaml"), "p.t") == hub / "c.yaml"
+    assert stage_checkpoint(config, "tokenizer", "", "p.t") == hub / "run" / "tokenizer" / "last.pt"
+    assert stage_checkpoint(config, "tokenizer", str(hub / "c.yaml"), "p.t") == hub / "c.yaml"
 
 
 # --- precision ---------------------------------------------------------------------------------------------------
@@ -268,14 +276,14 @@ def test_fetch_and_stage_checkpoint_say_what_is_missing(hub, monkeypatch):
 @pytest.mark.parametrize("device, has_bf16, name", [("cpu", True, "bf16"), ("cpu", False, "fp32"), ("cuda", True, "bf16"), ("cuda", False, "fp16")])
 @pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler|.*CUDA is not available")
 def test_precision_auto(device, has_bf16, name, monkeypatch):
-    monkeypatch.setattr(start, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr("support.precision.cpu_has_bf16", lambda: has_bf16)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation)
-    assert engine.Precision("auto", torch.device(device)).name == name
+    assert Precision("auto", torch.device(device)).name == name
 
 
 @pytest.mark.parametrize("name, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_precision_by_name(name, dtype):
-    precision = engine.Precision(name, torch.device("cpu"))
+    precision = Precision(name, torch.device("cpu"))
     with precision.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
     assert precision.scaler.is_enabled() == (name == "fp16")
@@ -283,24 +291,24 @@ def test_precision_by_name(name, dtype):
 
 @pytest.mark.parametrize("name, fused", [("bf16", False), ("fp32", True)])
 def test_attention_on_a_cpu_is_fused_except_in_bf16_where_its_gradient_is_slow(name, fused):
-    precision = engine.Precision(name, torch.device("cpu"))
+    precision = Precision(name, torch.device("cpu"))
     q = torch.randn(2, 3, 5, 8, dtype=precision.dtype, requires_grad=True)
     attended = torch.nn.functional.scaled_dot_product_attention(q, q, q)
     assert ("FlashAttention" in attended.grad_fn.name()) == fused
-    engine.Precision("fp32", torch.device("cpu"))  # the switch is the process's
+    Precision("fp32", torch.device("cpu"))  # the switch is the process's
 
 
 def test_cpu_has_bf16_survives_a_torch_without_the_question(monkeypatch):
-    assert isinstance(start.cpu_has_bf16(), bool)
+    assert isinstance(cpu_has_bf16(), bool)
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.delattr(torch.cpu, name, raising=False)
-    assert start.cpu_has_bf16() is False
+    assert cpu_has_bf16() is False
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_without_a_gpu_is_an_error():
     with pytest.raises(UserError, match="device=cpu"):
-        engine.setup_distributed("cuda")
+        setup_distributed("cuda")
 
 
 # --- schedules and parameter groups ------------------------------------------------------------------------------
@@ -308,36 +316,36 @@ def test_cuda_without_a_gpu_is_an_error():
 
 @pytest.mark.parametrize("warmup_epochs, peak", [(0, 0), (1, 6), (2.5, 17)])
 def test_the_schedule_rises_to_its_base_and_falls_towards_its_end(warmup_epochs, peak):
-    values = engine.cosine_schedule(1.0, 0.1, epochs=10, steps_per_epoch=7, warmup_epochs=warmup_epochs)
+    values = cosine_schedule(1.0, 0.1, epochs=10, steps_per_epoch=7, warmup_epochs=warmup_epochs)
     assert len(values) == 70 and max(values) == values[peak] == 1.0
     assert all(a < b for a, b in zip(values[:peak], values[1:])) and all(a >= b for a, b in zip(values[peak:], values[peak + 1:]))
     assert values[0] == (1.0 if peak == 0 else 0.0) and 0.1 < values[-1] < 0.11
 
 
 def test_a_warmup_longer_than_the_run():
-    assert engine.cosine_schedule(1.0, 0.0, epochs=2, steps_per_epoch=2, warmup_epochs=5) == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert cosine_schedule(1.0, 0.0, epochs=2, steps_per_epoch=2, warmup_epochs=5) == pytest.approx([0, 1 / 3, 2 / 3, 1])
 
 
 def test_frozen_parameters_have_no_group_and_nested_ones_keep_their_kind():
     model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "frozen": nn.Linear(2, 2).requires_grad_(False)})
     model.encoder.cls_token = nn.Parameter(torch.zeros(1, 1, 2))
-    decays = {name: group["weight_decay"] for group in engine.parameter_groups(model, 0.05) for name in group["names"]}
+    decays = {name: group["weight_decay"] for group in parameter_groups(model, 0.05) for name in group["names"]}
     assert decays == {"encoder.weight": 0.05, "encoder.bias": 0, "encoder.cls_token": 0}
 
 
 def test_set_lr_keeps_the_scales():
     groups = [dict(params=[nn.Parameter(torch.ones(1))], lr_scale=scale) for scale in (1.0, 0.25)]
-    optimizer = engine.make_optimizer(groups, engine.TrainConfig())
-    engine.set_lr(optimizer, 0.4)
+    optimizer = make_optimizer(groups, TrainConfig())
+    set_lr(optimizer, 0.4)
     assert [group["lr"] for group in optimizer.param_groups] == [0.4, 0.1]
 
 
 def test_seeds_of_neighbouring_steps_and_ranks_differ():
     draws = set()
     for numbers in [(seed, step, rank) for seed in range(2) for step in range(3) for rank in range(2)] + [(12, 3), (1, 23)]:
-        engine.seed_everything(*numbers)
+        seed_everything(*numbers)
         draws.add(torch.rand(1).item())
-    engine.seed_everything(1, 23)
+    seed_everything(1, 23)
     assert len(draws) == 14 and torch.rand(1).item() in draws
 
 
@@ -347,33 +355,33 @@ STEPS, BATCH = 6, 4  # per epoch; images per step
 
 
 class ToyLoader:
-    """Deals rows of a fixed table out as data.TrainLoader deals images out: rank r holds rows r, r + W, ..."""
+    """Deals rows of a fixed table out as TrainLoader deals images out: rank r holds rows r, r + W, ..."""
 
-    def __init__(self, run: engine.Run, poison: dict | None = None):
+    def __init__(self, run: Run, poison: dict | None = None):
         self.device_batch, self.poison = run.device_batch, poison or {}  # poison: (epoch, global row) -> value
-        self.batches_per_epoch = STEPS * BATCH // (run.device_batch * engine.world_size())
+        self.batches_per_epoch = STEPS * BATCH // (run.device_batch * processes.world_size())
 
     def epoch(self, epoch: int, start: int = 0):
         x = torch.randn(STEPS * BATCH, 5, generator=torch.Generator().manual_seed(epoch))
         for (poisoned, row), value in self.poison.items():
             if poisoned == epoch:
                 x[row] = value
-        mine = x[engine.rank()::engine.world_size()].split(self.device_batch)
+        mine = x[processes.rank()::processes.world_size()].split(self.device_batch)
         for batch in mine[start:]:
             yield {"x": batch, "names": ["not a tensor"]}
 
 
-def toy_run(folder, poison=None, dropout=0.0, optimizer_class=engine.make_optimizer, **options):
+def toy_run(folder, poison=None, dropout=0.0, optimizer_class=make_optimizer, **options):
     """A run that is ready for its loop: a linear model that learns to say the sum of five numbers."""
     text = {"epochs": 2, "batch_size": BATCH, "lr": 0.01, "log_every": 4, "save_every": 3} | options
     top = {"output_dir": str(folder), "device": "cpu", "precision": text.pop("precision", "fp32")}
     Path(folder).mkdir(exist_ok=True)
-    file = Path(folder) / f"c{engine.rank()}.yaml"
+    file = Path(folder) / f"c{processes.rank()}.yaml"
     file.write_text(json.dumps(top | {"pretrain": text}))  # JSON is YAML
-    config = engine.load_config({"pretrain": engine.TrainConfig}, [str(file)])
-    run = engine.Run("pretrain", config, config.pretrain)
+    config = load_config({"pretrain": TrainConfig}, [str(file)])
+    run = Run("pretrain", config, config.pretrain)
     model = nn.Sequential(nn.Dropout(dropout), nn.Linear(5, 1))
-    optimizer = optimizer_class(engine.parameter_groups(model, 0.05), config.pretrain)
+    optimizer = optimizer_class(parameter_groups(model, 0.05), config.pretrain)
     run.model, run.optimizer, run.parallel = model, optimizer, run.prepare(model)
     run.begin(ToyLoader(run, poison), read_checkpoint, model=model, optimizer=optimizer)
     return run
@@ -390,7 +398,7 @@ def toy_train(run, stop_at: int | None = None, stop_rank: int = 0, loss_of=None,
                 loss = (prediction - x.sum(dim=1)).square().mean() if loss_of is None else loss_of(prediction)
                 run.backward(loss)
                 run.record(loss=loss)
-            if run.step + 1 == stop_at and engine.rank() == stop_rank:
+            if run.step + 1 == stop_at and processes.rank() == stop_rank:
                 signal.raise_signal(how)
             run.optimizer_step(run.optimizer)
         run.end_epoch(epoch, train={}, val={"score": float(epoch)})
@@ -440,7 +448,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, stop_at, limi
     whole = toy_run(tmp_path / "whole", **options)
     toy_train(whole)
     run = toy_run(tmp_path / "parts", **options)
-    with pytest.raises(engine.Interrupted, match=f"step {stop_at} of 12"):
+    with pytest.raises(Interrupted, match=f"step {stop_at} of 12"):
         toy_train(run, stop_at)
     run = toy_run(tmp_path / "parts", **options)
     assert run.step == stop_at
@@ -512,7 +520,7 @@ def test_a_second_signal_stops_at_once_unless_it_is_the_same_one_passed_on(tmp_p
 
 def test_a_hangup_saves_and_stops(tmp_path):
     run = toy_run(tmp_path)
-    with pytest.raises(engine.Interrupted):
+    with pytest.raises(Interrupted):
         toy_train(run, stop_at=3, how=signal.SIGHUP)
     assert read_checkpoint(run.checkpoint_file)["step"] == 3
 
@@ -525,11 +533,11 @@ def test_under_nohup_a_hangup_is_ignored(tmp_path):
 
 
 def test_a_finished_run_gives_the_signals_back(tmp_path):
-    before = [signal.getsignal(number) for number in engine.STOP_SIGNALS]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     run = toy_run(tmp_path)
-    assert [signal.getsignal(number) for number in engine.STOP_SIGNALS] == [run.stop.hear] * 3
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == [run.stop.hear] * 3
     toy_train(run)
-    assert [signal.getsignal(number) for number in engine.STOP_SIGNALS] == before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 def hold(folder, ready) -> None:
@@ -566,7 +574,7 @@ def test_where_there_are_no_locks_a_run_goes_without(tmp_path, monkeypatch, with
     def lockf(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(engine, "fcntl", None) if without == "the module" else monkeypatch.setattr(engine.fcntl, "lockf", lockf)
+    monkeypatch.setattr("support.run.fcntl", None) if without == "the module" else monkeypatch.setattr("fcntl.lockf", lockf)
     run = toy_run(tmp_path)
     toy_train(run)
     assert run.step == 12
@@ -586,7 +594,7 @@ def test_a_damaged_metrics_file_is_moved_aside(tmp_path, capsys):
     toy_train(run)
     assert len(metrics(run)) == 6 and (run.folder / "metrics.damaged").read_bytes() == b"\xff\xfe\x00\x80"
     (run.folder / "metrics.jsonl").write_bytes(b"\xff\xfe\x00\x80")
-    assert engine.read_lines(run.folder / "metrics.jsonl") == []  # for the table and the page
+    assert read_lines(run.folder / "metrics.jsonl") == []  # for the table and the page
 
 
 def test_a_finished_run_does_nothing_when_started_again(tmp_path):
@@ -600,10 +608,10 @@ def test_a_finished_run_does_nothing_when_started_again(tmp_path):
 
 
 def test_the_speed_counts_only_steps_since_the_run_went_on(tmp_path, monkeypatch):
-    metrics = engine.Metrics(tmp_path / "metrics.jsonl", torch.device("cpu"))
+    metrics = Metrics(tmp_path / "metrics.jsonl", torch.device("cpu"))
     metrics.window = {"lr": [0.1, 0.1, 0.1]}  # from the checkpoint
     clock = iter([100.0, 102.0, 102.0])
-    monkeypatch.setattr(engine.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     metrics.start_clock()
     metrics.record(lr=0.1)
     assert metrics.close_window(metrics.read(), batch_size=8)["images_per_second"] == 4  # one step in two seconds
@@ -612,7 +620,7 @@ def test_the_speed_counts_only_steps_since_the_run_went_on(tmp_path, monkeypatch
 
 def test_another_configuration_is_refused_and_named(tmp_path):
     run = toy_run(tmp_path)
-    with pytest.raises(engine.Interrupted):
+    with pytest.raises(Interrupted):
         toy_train(run, stop_at=4)
     with pytest.raises(UserError, match=r"pretrain\.lr was 0\.01 and is 0\.02") as error:
         toy_run(tmp_path, lr=0.02, device_batch_size=2)
@@ -623,7 +631,7 @@ def test_another_configuration_is_refused_and_named(tmp_path):
 @pytest.mark.parametrize("old, new", [("fp32", "bf16"), ("fp32", "fp16"), ("fp16", "fp32")])
 def test_precision_may_change_between_two_parts_of_a_run(tmp_path, old, new):
     """`precision: auto` does so by itself where a run moves to another machine."""
-    with pytest.raises(engine.Interrupted):
+    with pytest.raises(Interrupted):
         toy_train(toy_run(tmp_path, precision=old), stop_at=4)
     run = toy_run(tmp_path, precision=new)
     assert run.step == 4
@@ -732,35 +740,35 @@ def test_a_skipped_fp16_step_does_not_poison_the_averages(tmp_path):
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, numbers):
     """/dev/full refuses every write as a full disk does: small files at the end, large ones half-way."""
     path = tmp_path / "last.pt"
-    engine.save_atomically({"x": torch.ones(3)}, path)
+    save_atomically({"x": torch.ones(3)}, path)
     (tmp_path / "last.part").symlink_to("/dev/full")
     with pytest.raises(UserError, match="cannot write the checkpoint '.*last.pt'.*free some space"):
-        engine.save_atomically({"x": torch.zeros(numbers)}, path)
+        save_atomically({"x": torch.zeros(numbers)}, path)
     assert torch.equal(read_checkpoint(path)["x"], torch.ones(3))
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
-    engine.save_atomically({"x": torch.zeros(2)}, path)  # space again
+    save_atomically({"x": torch.zeros(2)}, path)  # space again
     assert torch.equal(read_checkpoint(path)["x"], torch.zeros(2))
 
 
 def test_a_folder_that_has_gone(tmp_path):
     with pytest.raises(UserError, match="cannot write the checkpoint"):
-        engine.save_atomically({}, tmp_path / "gone" / "last.pt")
+        save_atomically({}, tmp_path / "gone" / "last.pt")
 
 
 def test_keep_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    engine.keep_lines(path, 3, 1)  # nothing to do, no error
+    keep_lines(path, 3, 1)  # nothing to do, no error
     lines = ['{"epoch": 0, "step": 1}', '{"epoch": 0, "step": 1, "val": {}}', '{"epoch": 1, "step": 3, "loss": 0.5}',
              '{"epoch": 1, "step": 3, "val": {}}', '{"epoch": 2, "step": 4}', '{"epoch": 2, "step": 5, "lo']
     path.write_text("\n".join(lines))
-    engine.keep_lines(path, 3, 1)
+    keep_lines(path, 3, 1)
     assert path.read_text().splitlines() == lines[:3] and path.read_text().endswith("\n")
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_changed_keys():
     old, new = {"a": {"x": 1, "y": 2}, "b": 3, "c": 1}, {"a": {"x": 1, "y": 5}, "b": 3, "d": 2}
-    assert list(engine.changed_keys(old, new)) == [("a.y", 2, 5), ("c", 1, None), ("d", None, 2)]
+    assert list(changed_keys(old, new)) == [("a.y", 2, 5), ("c", 1, None), ("d", None, 2)]
 
 
 # --- two processes -----------------------------------------------------------------------------------------------
@@ -771,18 +779,18 @@ def one_of_two(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2,
                             timeout=timedelta(seconds=60))  # if they part ways, fail instead of waiting for half an hour
-    found = {"sum": engine.all_reduce_sum(torch.tensor([1.0, 10.0 * rank]))}
+    found = {"sum": all_reduce_sum(torch.tensor([1.0, 10.0 * rank]))}
     for total in (1, 7, 8):
         rows = torch.arange(2 * total).view(total, 2)
-        found[f"gather {total}"] = engine.gather_in_order(rows[rank::2], total)
-    found["gather without total"] = engine.gather_in_order(torch.tensor([rank, rank + 2]))
-    found["main"] = engine.on_main(lambda: f"from {engine.rank()}")
+        found[f"gather {total}"] = gather_in_order(rows[rank::2], total)
+    found["gather without total"] = gather_in_order(torch.tensor([rank, rank + 2]))
+    found["main"] = on_main(lambda: f"from {processes.rank()}")
 
     def fail():
         raise UserError("rank 0 says no")
 
     try:
-        engine.on_main(fail)
+        on_main(fail)
     except UserError as error:
         found["error"] = str(error)
 
@@ -793,7 +801,7 @@ def one_of_two(rank: int, folder: Path) -> None:
     run = toy_run(folder / "stopped")
     try:
         toy_train(run, stop_at=2, stop_rank=1)  # only one of them hears the signal
-    except engine.Interrupted:
+    except Interrupted:
         found["stopped at"] = run.step
     try:
         toy_run(folder / "odd", batch_size=3)

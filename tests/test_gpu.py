@@ -18,12 +18,15 @@ CODE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(CODE), str(CODE / "docs")]
 import beitv2  # noqa: E402
 import data  # noqa: E402
-import engine  # noqa: E402
 import finetune  # noqa: E402
 import memory  # noqa: E402
 import pretrain  # noqa: E402
 import segment  # noqa: E402
 import tokenizer as vqkd  # noqa: E402
+from support.launch import STOP_SIGNALS  # noqa: E402
+from support.options import load_config  # noqa: E402
+from support.run import Metrics, Run  # noqa: E402
+from support.teachers import TEACHERS, build_teacher  # noqa: E402
 
 SCRIPTS = {"tokenizer": vqkd, "pretrain": pretrain, "finetune": finetune, "segment": segment}
 # 16 patches of 4 x 4 pixels. 20 images: two steps of two micro-batches of 4 an epoch, and 4 images too few for a third.
@@ -43,7 +46,7 @@ segment: {weights: none, crop_size: 16, stride: 8, short_side: 16, long_side: 16
 @pytest.fixture(autouse=True)
 def as_found(monkeypatch):
     """A run takes over signals and threads, and caches hold tensors of its device: put all of them back."""
-    signals, threads = {number: signal.getsignal(number) for number in engine.STOP_SIGNALS}, torch.get_num_threads()
+    signals, threads = {number: signal.getsignal(number) for number in STOP_SIGNALS}, torch.get_num_threads()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))  # one thread: see test_scripts.py
     yield
     torch.set_num_threads(threads)
@@ -62,7 +65,7 @@ def start(monkeypatch, tmp_path):
     def run(script: str, *changes: str, file: str | Path = tmp_path / "tiny.yaml") -> Path:
         (tmp_path / "tiny.yaml").write_text(TINY)
         monkeypatch.setattr(vqkd, "load_tokenizer", untrained_tokenizer)
-        monkeypatch.setattr(engine, "stage_checkpoint", lambda *_: tmp_path / "tiny.yaml")  # any file that is there
+        monkeypatch.setattr("pretrain.stage_checkpoint", lambda *_: tmp_path / "tiny.yaml")  # any file that is there
         monkeypatch.setattr(sys, "argv", [f"{script}.py", str(file), f"output_dir={tmp_path}", *changes])
         SCRIPTS[script].main()
         return tmp_path
@@ -149,7 +152,7 @@ def fake_gpu(monkeypatch):
         if "driver" not in str(error):
             raise
         pytest.skip("this PyTorch asks a real GPU's driver even for fake tensors (2.6 does)")
-    steps = engine.Run.steps
+    steps = Run.steps
 
     def watched_steps(run, epoch):
         for micro_batches in steps(run, epoch):
@@ -180,12 +183,12 @@ def fake_gpu(monkeypatch):
         assert run.step == run.steps_per_epoch >= 2
         raise EpochDone
 
-    monkeypatch.setattr(engine, "setup_distributed", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr("support.run.setup_distributed", lambda device: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    monkeypatch.setattr(engine.Run, "steps", watched_steps)
-    monkeypatch.setattr(engine.Run, "save", epoch_done)
-    monkeypatch.setattr(engine.Metrics, "read", lambda metrics: {name: torch.zeros(len(window))
+    monkeypatch.setattr(Run, "steps", watched_steps)
+    monkeypatch.setattr(Run, "save", epoch_done)
+    monkeypatch.setattr(Metrics, "read", lambda metrics: {name: torch.zeros(len(window))
                                                                  for name, window in metrics.window.items()})
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(nn.Module, "to", to)
@@ -206,7 +209,7 @@ RECIPES = [("base", "tokenizer"), ("base", "pretrain"), ("base", "finetune"), ("
 
 
 def recipe(name: str):
-    return engine.load_config(memory.SECTIONS, [str(CODE / f"configs/{name}.yaml")])
+    return load_config(memory.SECTIONS, [str(CODE / f"configs/{name}.yaml")])
 
 
 @pytest.mark.parametrize("name, script", RECIPES)
@@ -226,8 +229,8 @@ def test_the_papers_recipes_take_their_steps_on_a_gpu(start, fake_gpu, monkeypat
         return built
 
     monkeypatch.setattr(data.TrainView, "__getitem__", same_sample)
-    monkeypatch.setattr(vqkd, "open_teacher", lambda config: vqkd.build_teacher(
-        "clip_vitb16", 14, vqkd.TEACHERS["clip_vitb16"][2]))
+    monkeypatch.setattr(vqkd, "open_teacher", lambda config: build_teacher(
+        "clip_vitb16", 14, TEACHERS["clip_vitb16"][2]))
     for place, build in ((vqkd, "build_teacher"), (vqkd, "build_vqkd"), (pretrain, "build_model"),
                          (finetune, "Classifier")):
         monkeypatch.setattr(place, build, on_gpu(getattr(place, build)))
@@ -245,7 +248,7 @@ def test_fp16_skips_a_step_that_overflows_and_goes_on(start, monkeypatch):
 
     (That of the first may overflow by itself: the scale begins high on purpose.)
     """
-    weights, scales, step = [], [], engine.Run.optimizer_step
+    weights, scales, step = [], [], Run.optimizer_step
 
     def optimizer_step(run, optimizer):
         if run.step == 2:
@@ -255,7 +258,7 @@ def test_fp16_skips_a_step_that_overflows_and_goes_on(start, monkeypatch):
         weights.append(nn.utils.parameters_to_vector(parameters).detach().clone())
         scales.append(run.precision.scaler.get_scale())
 
-    monkeypatch.setattr(engine.Run, "optimizer_step", optimizer_step)
+    monkeypatch.setattr(Run, "optimizer_step", optimizer_step)
     folder = start("pretrain", "device=cpu", "precision=fp16", "pretrain.warmup_epochs=0", "pretrain.log_every=1")
     assert scales[2] == scales[1] / 2 and scales[3] == scales[2]
     assert torch.equal(weights[2], weights[1]) and not torch.equal(weights[3], weights[2])

@@ -16,9 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import engine  # noqa: E402
 import tokenizer  # noqa: E402
 from beitv2 import ALWAYS_DROPPED_ENDS, Classifier, MaskedImageModel, ModelConfig, load_pretrained, masked_positions  # noqa: E402
+from beitv2 import parameter_groups  # noqa: E402
+from support.optimizers import cosine_schedule  # noqa: E402
+from support.run import seed_everything  # noqa: E402
+from support.teachers import Teacher, build_teacher, rename_clip_keys, rename_dino_keys  # noqa: E402
 
 TOLERANCE = 1e-5  # the design's: largest error over largest magnitude, per tensor
 FOLDER = Path(os.environ.get("BEITV2_PARITY") or Path(__file__).parent / "fixtures" / "parity")
@@ -204,21 +207,21 @@ def test_vqkd_training_steps(name):
         assert_close(model.quantize.running_count, expected["cluster_size"], f"hit counts after step {number}")
 
 
-def teacher_from_clip(data: dict) -> tokenizer.Teacher:
+def teacher_from_clip(data: dict) -> Teacher:
     config = data["config"]
     shape = dict(size=(config["width"], config["layers"], config["heads"]), patch_size=config["patch_size"],
                  output_dim=config["output_dim"])
-    teacher = tokenizer.build_teacher("clip_vitb16", config["input_resolution"] // config["patch_size"], shape)
-    report = load_pretrained(teacher, tokenizer.rename_clip_keys(dict(data["state_dict"])))
+    teacher = build_teacher("clip_vitb16", config["input_resolution"] // config["patch_size"], shape)
+    report = load_pretrained(teacher, rename_clip_keys(dict(data["state_dict"])))
     assert report.fresh == report.dropped == report.resized == []
     return teacher
 
 
-def teacher_from_dino(data: dict) -> tokenizer.Teacher:
+def teacher_from_dino(data: dict) -> Teacher:
     config = data["config"]
     shape = dict(size=(config["embed_dim"], config["depth"], config["num_heads"]), patch_size=config["patch_size"])
-    teacher = tokenizer.build_teacher("dino_vitb16", config["img_size"] // config["patch_size"], shape)
-    report = load_pretrained(teacher, tokenizer.rename_dino_keys(dict(data["state_dict"])))
+    teacher = build_teacher("dino_vitb16", config["img_size"] // config["patch_size"], shape)
+    report = load_pretrained(teacher, rename_dino_keys(dict(data["state_dict"])))
     assert report.fresh == report.dropped == report.resized == []
     return teacher
 
@@ -264,7 +267,7 @@ def test_parameter_groups_of_pretraining():
     head_layers = len({name.split(".")[1] for name in names if name.startswith("cls_pt_layers.")})
     model = model_with(names, MaskedImageModel, vocab_size=4, early_layers=1, head_layers=head_layers,
                        shared_lm_head="cls_pt_lm_head.weight" not in names)
-    assert_groups(engine.parameter_groups(model, expected["weight_decay"]), expected["groups"])
+    assert_groups(parameter_groups(model, expected["weight_decay"]), expected["groups"])
 
 
 def test_parameter_groups_of_finetuning():
@@ -272,14 +275,14 @@ def test_parameter_groups_of_finetuning():
     names = list(expected["groups"])
     model = model_with(names, Classifier, num_classes=3, mean_pool="fc_norm.weight" in names)
     assert model.depth == expected["depth"]
-    assert_groups(engine.parameter_groups(model, expected["weight_decay"], expected["layer_decay"]), expected["groups"])
+    assert_groups(parameter_groups(model, expected["weight_decay"], expected["layer_decay"]), expected["groups"])
 
 
 def test_cosine_schedules():
     assert len(recipe("cosine_schedules")) > 0
     for schedule in recipe("cosine_schedules"):
         values = schedule.pop("values")
-        assert engine.cosine_schedule(**schedule) == pytest.approx(values, rel=1e-9, abs=1e-15)
+        assert cosine_schedule(**schedule) == pytest.approx(values, rel=1e-9, abs=1e-15)
 
 
 def test_initialisation_of_base():
@@ -290,7 +293,7 @@ def test_initialisation_of_base():
     these distributions end abruptly. Six standard errors, and thirty n-ths, are allowed.
     """
     expected = recipe("base_mim_init")
-    engine.seed_everything(0)
+    seed_everything(0)
     model = MaskedImageModel(**ModelConfig(size="base").backbone(image_size=224, tables="shared"))
     state = model.state_dict()
     assert state.keys() == expected.keys()

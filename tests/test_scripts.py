@@ -24,14 +24,22 @@ CODE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CODE))
 import beitv2  # noqa: E402
 import data  # noqa: E402
-import engine  # noqa: E402
 import finetune  # noqa: E402
 import pretrain  # noqa: E402
 import segment  # noqa: E402
 import tokenizer  # noqa: E402
 import visualize  # noqa: E402
 from beitv2 import ModelError  # noqa: E402
-from engine import UserError  # noqa: E402
+from support import processes  # noqa: E402
+from support.compare import group_runs, last_figure  # noqa: E402
+from support.datasets import SHAPES, Shapes, open_files, open_folder  # noqa: E402
+from support.errors import Interrupted, UserError  # noqa: E402
+from support.files import say_if_unfinished  # noqa: E402
+from support.launch import STOP_SIGNALS, Stop, fail, launch  # noqa: E402
+from support.optimizers import cosine_schedule  # noqa: E402
+from support.options import load_config  # noqa: E402
+from support.run import Run  # noqa: E402
+from support.teachers import HOG  # noqa: E402
 
 # 16 patches of 4 x 4 pixels; 8 steps of 8 images an epoch. 7 validation images: no two ranks have as many.
 TINY = """
@@ -54,7 +62,7 @@ SCRIPTS = ("tokenizer", "pretrain", "finetune")
 @pytest.fixture(autouse=True)
 def as_found():
     """A run takes over the signals, the arguments and the number of threads: put them back."""
-    signals = {number: signal.getsignal(number) for number in engine.STOP_SIGNALS}
+    signals = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     arguments, threads = sys.argv, torch.get_num_threads()
     yield
     sys.argv = arguments
@@ -77,7 +85,7 @@ def home(tmp_path_factory, one_thread):
     """A folder with the tiny config, and in `base` all stages trained by it, for others to start from."""
     folder = tmp_path_factory.mktemp("scripts")
     (folder / "tiny.yaml").write_text(TINY)
-    signals = {number: signal.getsignal(number) for number in engine.STOP_SIGNALS}
+    signals = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for script in (*SCRIPTS, "segment"):
         start(script, folder, "base")
     for number, handler in signals.items():
@@ -174,32 +182,31 @@ TWO_RANKS = """
 import importlib, json, os, sys
 code, plan, report = sys.argv[1:]
 sys.path.insert(0, code)
-import engine, beitv2
 import torch, segment
 evaluate_segments = segment.evaluate
 def evaluate(*given):
     confusion = evaluate_segments(*given)
-    torch.save(confusion, f"{report}.confusion.{engine.rank()}")
+    torch.save(confusion, f"{report}.confusion.{processes.rank()}")
     return confusion
 segment.evaluate = evaluate
 outcomes = {}
 for name, script, interrupt_at, arguments in json.loads(plan):
     sys.argv = [script + ".py", *arguments]
     if interrupt_at:
-        whole = engine.Run.optimizer_step
+        whole = Run.optimizer_step
         def optimizer_step(run, optimizer):
             whole(run, optimizer)
-            if run.step + 1 == interrupt_at and engine.rank() == 1:  # only one rank is asked to stop
+            if run.step + 1 == interrupt_at and processes.rank() == 1:  # only one rank is asked to stop
                 os.kill(os.getpid(), 15)
-        engine.Run.optimizer_step = optimizer_step
+        Run.optimizer_step = optimizer_step
     try:
         importlib.import_module(script).main()
         outcomes[name] = "done"
-    except (engine.UserError, engine.Interrupted, beitv2.ModelError) as error:
+    except (UserError, Interrupted, beitv2.ModelError) as error:
         outcomes[name] = type(error).__name__ + ": " + str(error)
     if interrupt_at:
-        engine.Run.optimizer_step = whole
-    with open(f"{report}.{engine.rank()}", "w") as file:
+        Run.optimizer_step = whole
+    with open(f"{report}.{processes.rank()}", "w") as file:
         json.dump(outcomes, file)
 """
 
@@ -320,8 +327,8 @@ def test_kmeans_codes_of_the_teacher(home, two_ranks, monkeypatch):
     figures = metrics(one / "tokenizer")[-1]["val"]
     assert figures["perplexity"] > 8 and figures["cosine_loss"] < 0.9 and 0 <= figures["bag_knn"] <= 1
     asked = []
-    look = tokenizer.HOG.forward
-    monkeypatch.setattr(tokenizer.HOG, "forward", lambda hog, images: asked.append(len(images)) or look(hog, images))
+    look = HOG.forward
+    monkeypatch.setattr(HOG, "forward", lambda hog, images: asked.append(len(images)) or look(hog, images))
     start("pretrain", home, "teacher", *TEACHER_CODES, "pretrain.tokenizer_weights=")
     assert sum(asked) == 2 * 4, "only for the picture of each epoch, never for training crops"
     assert two_ranks.get("teacher") == "done" and two_ranks.get("teacher_pretrain") == "done"
@@ -346,7 +353,7 @@ def test_kmeans_codes_do_not_replace_a_trained_tokenizer(home):
 
 
 def config_of(home: Path, *changes: str):
-    return engine.load_config(pretrain.SECTIONS, arguments(home, "none", *changes))
+    return load_config(pretrain.SECTIONS, arguments(home, "none", *changes))
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "pretrain"])
@@ -381,12 +388,12 @@ def test_a_stage_goes_on_only_from_the_weights_that_it_began_with(home, tmp_path
 def test_the_learning_rate_follows_its_schedule(one_rank, stage, peak, end, warmup):
     """At each step, in the group that learns fastest."""
     rates = [line["lr"] for line in metrics(one_rank(stage)) if "train" not in line]
-    assert rates == pytest.approx(engine.cosine_schedule(peak, end, 2, 8, warmup), rel=1e-5)
+    assert rates == pytest.approx(cosine_schedule(peak, end, 2, 8, warmup), rel=1e-5)
 
 
 def test_the_moving_average_holds_the_weights_of_all_steps(home, monkeypatch):
     """And best.pt holds the average."""
-    passed, whole = [], engine.Run.optimizer_step
+    passed, whole = [], Run.optimizer_step
 
     def weights(optimizer):
         return {name: value.detach().clone() for group in optimizer.param_groups
@@ -397,7 +404,7 @@ def test_the_moving_average_holds_the_weights_of_all_steps(home, monkeypatch):
         whole(run, optimizer)
         passed.append(weights(optimizer))
 
-    monkeypatch.setattr(engine.Run, "optimizer_step", optimizer_step)
+    monkeypatch.setattr(Run, "optimizer_step", optimizer_step)
     folder = start("finetune", home, "average", "finetune.ema_decay=0.9", "finetune.epochs=1", "finetune.warmup_epochs=0")
     expected = passed[0]
     for later in passed[1:]:
@@ -488,7 +495,7 @@ class Killed(BaseException):
 
 def interrupt(monkeypatch, step: int, how: signal.Signals):
     """Interrupt the run in the middle of the given step, counted from 1 over the whole run."""
-    whole = engine.Run.optimizer_step
+    whole = Run.optimizer_step
 
     def optimizer_step(run, optimizer):
         if run.step + 1 == step:
@@ -497,7 +504,7 @@ def interrupt(monkeypatch, step: int, how: signal.Signals):
             os.kill(os.getpid(), how)
         whole(run, optimizer)
 
-    monkeypatch.setattr(engine.Run, "optimizer_step", optimizer_step)
+    monkeypatch.setattr(Run, "optimizer_step", optimizer_step)
 
 
 @pytest.fixture(scope="module")
@@ -522,7 +529,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(home, uninterrupted, mo
     command = script_of(stage), home, f"pieces_{how.name}", *INTERRUPTED[stage]
     folder = home / command[2] / stage
     for step, saved_step in ((7, 4), (13, 12)):
-        with monkeypatch.context() as patch, pytest.raises(Killed if how == signal.SIGKILL else engine.Interrupted):
+        with monkeypatch.context() as patch, pytest.raises(Killed if how == signal.SIGKILL else Interrupted):
             interrupt(patch, step, how)
             start(*command)
         if how != signal.SIGKILL:
@@ -540,7 +547,7 @@ def test_a_signal_during_validation(home, uninterrupted, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         return validate(*arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(engine.Interrupted):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(finetune, "evaluate", evaluate)
         start("finetune", home, "pieces_val", *INTERRUPTED["finetune"])
     start("finetune", home, "pieces_val", *INTERRUPTED["finetune"])
@@ -565,8 +572,7 @@ import os, runpy, signal, sys, time
 code, script, how, *arguments = sys.argv[1:]
 sys.path.insert(0, code)
 os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count())  # one thread, as in the runs to compare with
-import engine
-whole = engine.Run.optimizer_step
+whole = Run.optimizer_step
 def optimizer_step(run, optimizer):
     whole(run, optimizer)
     if run.step + 1 == 7:
@@ -575,7 +581,7 @@ def optimizer_step(run, optimizer):
         os.kill(os.getppid(), signal.Signals[how])  # torchrun tells its processes
         for _ in range(2000):  # 20 s: if none arrives, the run ends whole, and the test fails
             time.sleep(0 if run.stop.signal else 0.01)
-engine.Run.optimizer_step = optimizer_step
+Run.optimizer_step = optimizer_step
 sys.argv = [script + ".py", *arguments]
 runpy.run_path(os.path.join(code, script + ".py"), run_name="__main__")
 """
@@ -622,7 +628,7 @@ def test_a_finished_run_started_again(home, capsys):
 
 
 def test_a_stage_that_starts_from_an_unfinished_one_says_so(home, monkeypatch, capsys):
-    with monkeypatch.context() as patch, pytest.raises(engine.Interrupted):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt(patch, 3, signal.SIGTERM)
         start("tokenizer", home, "early")
     weights = home / "early/tokenizer/last.pt"
@@ -682,7 +688,7 @@ def test_a_collapsed_tokenizer_is_no_finished_one(home, monkeypatch, capsys):
         assert "collapsed" in refusal("tokenizer", home, "collapsed")
     content = torch.load(home / "collapsed/tokenizer/last.pt", weights_only=True)
     assert (content["step"], content["epochs_done"]) == (8, 0)
-    engine.say_if_unfinished(content, "last.pt")
+    say_if_unfinished(content, "last.pt")
     assert "'last.pt' is unfinished" in capsys.readouterr().out
 
 
@@ -717,7 +723,7 @@ def test_a_typo_in_a_key_of_another_script(home, script):
     assert "'segment.crop_sise' in the command line" in text and "'segment.crop_size'" in text
     file = home / "typo.yaml"
     file.write_text(TINY.replace("crop_size", "crop_sise"))
-    assert engine.load_config(importlib.import_module(script).SECTIONS, [str(file)]).seed == 0
+    assert load_config(importlib.import_module(script).SECTIONS, [str(file)]).seed == 0
 
 
 @pytest.mark.parametrize("change, must_be", [
@@ -880,7 +886,7 @@ def test_fewer_images_than_a_batch(home):
 def test_a_full_disk(home, monkeypatch):
     """/dev/full takes no byte. The message names the file; the checkpoint before stays, and the run goes on from it."""
     output = home / "full"
-    with monkeypatch.context() as patch, pytest.raises(engine.Interrupted):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt(patch, 3, signal.SIGTERM)
         start("pretrain", home, "full")
     before = (output / "pretrain/last.pt").read_bytes()
@@ -909,7 +915,7 @@ def test_a_full_disk_for_metrics(home, monkeypatch, capfd):
     monkeypatch.setattr(os, "_exit", lambda status: (_ for _ in ()).throw(SystemExit(status)))
     sys.argv = ["pretrain.py", *arguments(home, "full_lines")]
     with pytest.raises(SystemExit, match="1"):
-        engine.launch(pretrain.main, ModelError)
+        launch(pretrain.main, ModelError)
     lines = [line for line in capfd.readouterr().err.splitlines() if "error: " in line]
     assert len(lines) == 1 and os.strerror(errno.ENOSPC) in lines[0]
 
@@ -944,10 +950,10 @@ def test_a_rank_that_was_told_to_stop_before_it_failed_is_silent(told):
     code = f"""
 import os, signal, time, engine, start
 time.sleep = lambda seconds: None
-stop = engine.Stop("this step")
+stop = Stop("this step")
 if {told}:
     os.kill(os.getpid(), signal.SIGTERM)
-start.fail("another process has ended, here")
+fail("another process has ended, here")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=CODE, env={**os.environ, "RANK": "1"}, capture_output=True,
                           text=True)
@@ -972,7 +978,7 @@ def test_base_without_imagenet_and_network(home):
                                           and file.stem not in ("engine", "start", "data", "beitv2")))
 def test_every_config_suits_every_script(script, config):
     """And begins with what it is for. No section says what no script reads."""
-    engine.load_config(importlib.import_module(script).SECTIONS, [str(config)])
+    load_config(importlib.import_module(script).SECTIONS, [str(config)])
     assert config.read_text().startswith("# ")
     sections = yaml.safe_load(config.read_text()).keys()
     assert sections >= {"output_dir", "data", "model"}
@@ -1033,7 +1039,7 @@ def photos(home: Path) -> Path:
     from PIL import Image
     folder = home / "photos"
     (folder / "more").mkdir(parents=True, exist_ok=True)
-    set_ = data.Shapes("val", 6, 20)
+    set_ = Shapes("val", 6, 20)
     for i, name in enumerate(("a.png", "b.jpg", "c.webp", "d.png", "more/e.png")):
         set_.load(i).convert("L" if name == "d.png" else "RGB").save(folder / name)
     (folder / "notes.txt").write_text("no image")
@@ -1047,7 +1053,7 @@ def trained(home: Path) -> tuple[finetune.Classifier, torch.Tensor]:
     model = finetune.Classifier(10, image_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, layer_scale=0.1,
                                 rel_pos_bias="per_block")
     model.load_state_dict(content["model"])
-    images = data.open_files(str(photos(home)))
+    images = open_files(str(photos(home)))
     view = data.ValView(images, 16)
     return model.eval(), torch.stack([data.normalize(view[i]["image"] / 255) for i in range(len(images))])
 
@@ -1061,7 +1067,7 @@ def test_predict_names_the_five_best_classes(home, capsys):
     assert [line.partition(": ")[0].rpartition("photos/")[2] for line in lines] == \
         ["a.png", "b.jpg", "c.webp", "d.png", "f.jpg", "more/e.png"]
     for line, row, ids in zip(lines, shares.tolist(), best.tolist()):
-        assert line.partition(": ")[2] == ", ".join(f"{list(data.SHAPES)[k]} {100 * p:.1f} %" for k, p in zip(ids, row))
+        assert line.partition(": ")[2] == ", ".join(f"{list(SHAPES)[k]} {100 * p:.1f} %" for k, p in zip(ids, row))
     assert (home / "base/predict/predictions.txt").read_text().splitlines() == lines
     start("finetune", home, "base", "finetune.mode=predict", f"finetune.images={photos(home)}/*.jpg")
     assert capsys.readouterr().out.count("photos/") == 2
@@ -1097,12 +1103,12 @@ def test_encode_prints_and_saves_code_grids(home, capsys):
         assert [[int(code) for code in row.split()] for row in rows] == grid
     model = tokenizer.build_vqkd(load_tiny(home), 108).eval()
     model.load_state_dict(torch.load(home / "base/tokenizer/last.pt", weights_only=True)["model"])
-    view = data.ValView(data.open_files(f"{home}/photos"), 16)
+    view = data.ValView(open_files(f"{home}/photos"), 16)
     assert torch.equal(model.token_ids(torch.stack([view[i]["image"] / 255 for i in range(6)])).view(6, 4, 4), saved["codes"])
 
 
 def load_tiny(home: Path):
-    return engine.load_config(pretrain.SECTIONS, [str(home / "tiny.yaml")])
+    return load_config(pretrain.SECTIONS, [str(home / "tiny.yaml")])
 
 
 @pytest.mark.parametrize("decoder_depth, width", [(1, 48), (3, 20)])
@@ -1118,7 +1124,7 @@ def test_published_tokenizers_with_other_decoders_and_teachers_encode(home, deco
     torch.save({"model": state, "epoch": 99}, home / "vqkd.pth")
     start("tokenizer", home, "published", "tokenizer.mode=encode", f"tokenizer.images={photos(home)}/a.png",
           f"tokenizer.weights={home}/vqkd.pth", f"tokenizer.output={home}/published.pt")
-    image = data.ValView(data.open_files(f"{home}/photos/a.png"), 16)[0]["image"][None] / 255
+    image = data.ValView(open_files(f"{home}/photos/a.png"), 16)[0]["image"][None] / 255
     codes = torch.load(home / "published.pt", weights_only=True)["codes"]
     assert torch.equal(codes.flatten(1), model.eval().token_ids(image))
 
@@ -1138,7 +1144,7 @@ def test_mistakes_in_images_to_use(home):
 
 def test_evaluation_on_some_of_the_classes(home, capsys):
     """Class folders without splits, of three of the ten classes: only their logits compete, found by name."""
-    root, validation = home / "subset", data.Shapes("val", 40, 16)
+    root, validation = home / "subset", Shapes("val", 40, 16)
     names = ["star", "heart", "ring"]
     for i in range(40):
         if validation.classes[validation.label(i)] in names:
@@ -1150,9 +1156,9 @@ def test_evaluation_on_some_of_the_classes(home, capsys):
     shown = capsys.readouterr().out
     assert "12 images of 3 of the model's 10 classes" in shown
     model, _ = trained(home)
-    images = data.open_folder(str(root), "")
+    images = open_folder(str(root), "")
     view = data.ValView(images, 16)
-    columns = [list(data.SHAPES).index(name) for name in images.classes]
+    columns = [list(SHAPES).index(name) for name in images.classes]
     with torch.no_grad():
         logits = torch.stack([model(data.normalize(view[i]["image"][None] / 255))[0] for i in range(12)])[:, columns]
     assert f"top1 {(logits.argmax(dim=1) == torch.tensor(images.labels)).float().mean():.4f}" in shown
@@ -1163,7 +1169,7 @@ def test_evaluation_on_some_of_the_classes(home, capsys):
     torch.save({"model": model.state_dict()}, home / "nameless.pth")
     nameless = *given, f"finetune.weights={home}/nameless.pth"
     assert "finetune.classes_file=PATH" in refusal("finetune", home, "base", *nameless)
-    (home / "names.txt").write_text("\n".join(data.SHAPES) + "\n")
+    (home / "names.txt").write_text("\n".join(SHAPES) + "\n")
     start("finetune", home, "base", *nameless, f"finetune.classes_file={home}/names.txt")
     assert shown.partition(": loss")[2] == capsys.readouterr().out.partition(": loss")[2]
     (home / "names.txt").write_text("cat\ndog\n")
@@ -1340,7 +1346,7 @@ def test_a_table_of_runs_has_a_row_for_all_seeds_of_an_experiment(tmp_path, caps
     assert "<td>55.0 ± 7.1</td>" in (tmp_path / "a0/compare.html").read_text()
 
     shutil.copytree(tmp_path / "b0", tmp_path / "b1")  # the same seed twice: nothing but the folder tells them apart
-    assert set(visualize.group_runs([tmp_path / "b0", tmp_path / "b1"])) == {f"{tmp_path}/b0", f"{tmp_path}/b1"}
+    assert set(group_runs([tmp_path / "b0", tmp_path / "b1"])) == {f"{tmp_path}/b0", f"{tmp_path}/b1"}
 
 
 def test_a_comparison_of_nothing(tmp_path):
@@ -1367,7 +1373,7 @@ def test_tensorboard_gets_numbers_and_pictures(home, monkeypatch):
             pass
 
     board = Board()
-    monkeypatch.setattr(engine, "open_board", lambda folder, step: board)
+    monkeypatch.setattr("support.run.open_board", lambda folder, step: board)
     folder = start("pretrain", home, "board") / "pretrain"
     lines = metrics(folder)
     assert ("step/loss", lines[0]["loss"], 2) in board and ("val/knn_cls", lines[-1]["val"]["knn_cls"], 16) in board
@@ -1412,8 +1418,8 @@ def test_the_ablations_run_each_row_once_and_print_its_figures(home, monkeypatch
     monkeypatch.setattr(sys, "argv", ["ablations.py", "seeds=1,x"])
     with pytest.raises(UserError, match="seeds=x: the seeds are 0, 1, 2"):
         ablations.main()
-    found = [finetune.last_figure(home / f"ablations/default-{seed}/pretrain", "knn_cls") for seed in (0, 1)]
+    found = [last_figure(home / f"ablations/default-{seed}/pretrain", "knn_cls") for seed in (0, 1)]
     row = next(line for line in tables[0].splitlines() if "default" in line)
     assert f"| 2 | {100 * sum(found) / 2:.1f} ± " in row
-    scratch = finetune.last_figure(home / "ablations/none-0/linear_probe_scratch", "cls")
+    scratch = last_figure(home / "ablations/none-0/linear_probe_scratch", "cls")
     assert scratch is not None and "nothing" in tables[0] and "cosine loss" in tables[1] and "K = 64" in tables[1]

@@ -17,7 +17,9 @@ sys.path.insert(0, str(CODE))
 import data  # noqa: E402
 import segment  # noqa: E402
 from beitv2 import ModelError  # noqa: E402
-from engine import UserError  # noqa: E402
+from support.datasets import SHAPES  # noqa: E402
+from support.errors import UserError  # noqa: E402
+from support.pictures import paint, palette  # noqa: E402
 
 IGNORE = segment.IGNORE
 
@@ -126,7 +128,7 @@ def test_shapes_come_with_their_masks():
     given = types.SimpleNamespace(data=data.DataConfig("shapes", image_size=32, train_images=10, val_images=3),
                                   segment=segment.SegmentConfig())
     train_set, val_set = segment.open_datasets(given)
-    assert len(val_set) == 3 and given.segment.classes == ["background", *data.SHAPES]
+    assert len(val_set) == 3 and given.segment.classes == ["background", *SHAPES]
     for i in range(10):
         assert set(np.unique(train_set.segmentation(i))) == {0, 1 + train_set.label(i)}
 
@@ -352,9 +354,9 @@ def test_the_schedule_rises_and_then_falls_to_zero():
 def test_overlays_show_image_truth_and_prediction(tmp_path):
     labels = torch.tensor([[0, 1], [IGNORE, 2]], dtype=torch.uint8)
     image = torch.full((3, 2, 2), 100, dtype=torch.uint8)
-    segment.paint(tmp_path, {"image": image, "labels": labels, "name": "x/y.jpg"}, torch.tensor([[0, 1], [2, 2]]))
+    paint(tmp_path, {"image": image, "labels": labels, "name": "x/y.jpg"}, torch.tensor([[0, 1], [2, 2]]))
     picture = np.asarray(Image.open(tmp_path / "y.png")).astype(int)
     assert picture.shape == (2, 6, 3)
     assert (picture[:, :2] == 100).all() and (picture[1, 2] == 100).all(), "unlabelled pixels show the image"
     assert (picture[0, 2:4] == picture[0, 4:6]).all() and (picture[1, 4] == picture[1, 5]).all()
-    assert len({tuple(colour) for colour in segment.palette()[:150]}) == 150
+    assert len({tuple(colour) for colour in palette()[:150]}) == 150

@@ -15,7 +15,10 @@ import torch.nn.functional as F
 
 import beitv2
 import tokenizer as vqkd
-from engine import UserError
+from support.errors import UserError
+from support.files import file_sha256
+from support.teacher_codes import TeacherTokenizer
+from support.teachers import HOG, Pixels, Teacher, build_teacher, read_clip, rename_clip_keys, rename_dino_keys
 
 
 def quantizer(codes=8, dim=4, **options) -> vqkd.Quantizer:
@@ -27,7 +30,7 @@ def quantizer(codes=8, dim=4, **options) -> vqkd.Quantizer:
 
 
 def test_hog_has_four_cells_three_colours_and_nine_orientations():
-    teacher = vqkd.HOG(patch_size=8)
+    teacher = HOG(patch_size=8)
     features = teacher(torch.rand(2, 3, 24, 24))
     assert features.shape == (2, 9, teacher.output_dim) and teacher.output_dim == 4 * 3 * 9
 
@@ -38,7 +41,7 @@ def test_hog_of_a_ramp_points_along_its_gradient(degrees):
     y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
     angle = math.radians(degrees)
     image = 0.5 + (x * math.cos(angle) + y * math.sin(angle)) / 100
-    histogram = vqkd.HOG(8)(image.expand(1, 3, 32, 32))[0, 5].view(3, 9, 4)  # an inner patch
+    histogram = HOG(8)(image.expand(1, 3, 32, 32))[0, 5].view(3, 9, 4)  # an inner patch
     share = degrees / 180 * 9
     lower, upper = int(share) % 9, (int(share) + 1) % 9
     expected = torch.zeros(9)
@@ -48,7 +51,7 @@ def test_hog_of_a_ramp_points_along_its_gradient(degrees):
 
 
 def test_hog_ignores_brightness_and_mirrors_with_the_image():
-    teacher, images = vqkd.HOG(8), torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    teacher, images = HOG(8), torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(teacher(images), teacher(images * 0.5 + 0.3), atol=0.03)
     assert teacher(torch.full((1, 3, 16, 16), 0.3)).abs().max() == 0, "nothing to see in a flat image"
     mirrored = teacher(images.flip(-1)).view(2, 2, 3, 9, 2, 2).flip(1).flip(-1)
@@ -58,13 +61,13 @@ def test_hog_ignores_brightness_and_mirrors_with_the_image():
 
 def test_hog_refuses_patches_that_it_cannot_halve():
     with pytest.raises(beitv2.ModelError, match="even, not 7"):
-        vqkd.HOG(7)
+        HOG(7)
 
 
 # -- Teachers ---------------------------------------------------------------------------------------------------
 
 
-def dinov2_checkpoint(teacher: vqkd.Teacher) -> dict:
+def dinov2_checkpoint(teacher: Teacher) -> dict:
     """A DINOv2 file that holds this teacher: its names, a bias for the keys too, and a mask token."""
     state = {"mask_token": torch.zeros(1, 8)}
     for name, value in teacher.state_dict().items():
@@ -79,9 +82,9 @@ def dinov2_checkpoint(teacher: vqkd.Teacher) -> dict:
 
 @pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg"])
 def test_dinov2_loads_key_for_key_with_and_without_registers(name):
-    teacher = vqkd.build_teacher(name, 2, dict(size=(8, 2, 2), patch_size=14))
+    teacher = build_teacher(name, 2, dict(size=(8, 2, 2), patch_size=14))
     state = dinov2_checkpoint(teacher)
-    report = beitv2.load_pretrained(teacher, vqkd.rename_dino_keys(dict(state)))
+    report = beitv2.load_pretrained(teacher, rename_dino_keys(dict(state)))
     assert not report.dropped and not report.fresh
     assert torch.equal(teacher.backbone.blocks[1].gamma_2, state["blocks.1.ls2.gamma"])
     assert torch.equal(teacher.backbone.blocks[1].attn.v_bias, state["blocks.1.attn.qkv.bias"][16:])
@@ -103,13 +106,13 @@ def test_clip_archives_are_opened_only_if_they_are_openais(tmp_path):
     archive = tmp_path / "clip.pt"
     torch.jit.script(torch.nn.Linear(2, 2)).save(archive)
     with pytest.raises(UserError, match="neither a plain state dict nor OpenAI's"):
-        vqkd.read_clip(archive, "0" * 64)
-    assert set(vqkd.read_clip(archive, vqkd.engine.file_sha256(archive))) == {"weight", "bias"}
+        read_clip(archive, "0" * 64)
+    assert set(read_clip(archive, file_sha256(archive))) == {"weight", "bias"}
 
 
 def test_clip_weights_without_an_image_tower_are_refused():
     with pytest.raises(UserError, match="no image tower"):
-        vqkd.rename_clip_keys({"transformer.x": torch.zeros(1)})
+        rename_clip_keys({"transformer.x": torch.zeros(1)})
 
 
 # -- The quantizer ----------------------------------------------------------------------------------------------
@@ -260,19 +263,19 @@ def test_gradients_have_the_strides_of_their_weights():
 
 def test_pixels_are_the_patch_itself_without_its_brightness_and_contrast():
     images = torch.rand(2, 3, 8, 8)
-    features = vqkd.Pixels(4)(images)
+    features = Pixels(4)(images)
     assert features.shape == (2, 4, 48)
     patch = images[1, :, 4:, :4].flatten()  # row by row: patch 2 is the lower left one
     expected = (patch - patch.mean()) / (patch.var(unbiased=False) + 1e-3).sqrt()
     assert torch.allclose(features[1, 2].sort().values, expected.sort().values, atol=1e-5)
-    assert torch.allclose(vqkd.Pixels(4)(0.5 * images + 0.2), features, atol=0.05)
+    assert torch.allclose(Pixels(4)(0.5 * images + 0.2), features, atol=0.05)
 
 
 def test_kmeans_codes_of_a_teacher_are_the_nearest_means_of_its_features():
     torch.manual_seed(0)
-    model = vqkd.TeacherTokenizer(vqkd.Pixels(4), grid=2, codebook_size=5).eval()
+    model = TeacherTokenizer(Pixels(4), grid=2, codebook_size=5).eval()
     images = torch.rand(3, 3, 8, 8)
-    features = vqkd.Pixels(4)(images)
+    features = Pixels(4)(images)
     cosine = F.normalize(features, dim=-1) @ model.quantize.embedding.weight.T  # [3, 4, 5]
     assert torch.equal(model.token_ids(images), cosine.argmax(dim=-1))
     loss, _, ids = model(images, features)

@@ -20,7 +20,10 @@ import pretrain  # noqa: E402
 import tokenizer as vqkd  # noqa: E402
 import visualize  # noqa: E402
 from beitv2 import MaskedImageModel, VisionTransformer  # noqa: E402
-from engine import UserError  # noqa: E402
+from support.compare import read_curves  # noqa: E402
+from support.datasets import Shapes  # noqa: E402
+from support.errors import UserError  # noqa: E402
+from support.pictures import HIT, heat_map, line_chart, mask_picture, page, patch_with_context, scatter_chart, ticks, token_map  # noqa: E402
 
 
 def config(**options):
@@ -73,18 +76,18 @@ def test_colours_belong_to_codes_for_good():
     colours = visualize.code_colours(codebook)
     assert colours.shape == (50, 3) and len({tuple(colour) for colour in colours}) == 50
     assert (colours == visualize.code_colours(codebook.clone())).all()
-    picture = visualize.token_map(torch.tensor([[1, 2], [2, 3]]), colours, 3)
+    picture = token_map(torch.tensor([[1, 2], [2, 3]]), colours, 3)
     assert picture.shape == (6, 6, 3) and (picture[:3, 3:] == colours[2]).all() and (picture[3:, 3:] == colours[3]).all()
 
 
 def test_a_patch_with_its_surroundings():
     """Row 1, column 2 of 4-pixel patches: two pixels more on each side, and a frame around the patch."""
     image = torch.arange(256, dtype=torch.int64).view(1, 16, 16).expand(3, -1, -1).byte()
-    picture = visualize.patch_with_context(image, 1, 2, 4, 4)
+    picture = patch_with_context(image, 1, 2, 4, 4)
     assert picture.shape == (32, 32, 3)
     assert picture[0, 0, 0] == image[0, 2, 6] and picture[-1, -1, 0] == image[0, 9, 13]
     assert picture[16, 16, 0] == image[0, 6, 10]
-    corner = visualize.patch_with_context(image, 0, 0, 4, 1)  # outside the image its edge goes on
+    corner = patch_with_context(image, 0, 0, 4, 1)  # outside the image its edge goes on
     assert corner[0, 0, 0] == image[0, 0, 0]
 
 
@@ -119,8 +122,8 @@ def test_hits_and_beliefs_are_those_of_the_model():
 def test_masks_and_hits_are_painted_where_they_are():
     image = torch.full((3, 16, 16), 77, dtype=torch.uint8)
     masked, hits = torch.tensor([1, 6, 15]), torch.tensor([True, False, True])
-    grey = pretrain.mask_picture(image, masked, None, 4, 2)
-    painted = pretrain.mask_picture(image, masked, hits, 4, 2)
+    grey = mask_picture(image, masked, None, 4, 2)
+    painted = mask_picture(image, masked, hits, 4, 2)
     for place in range(16):
         top, left = place // 4 * 8, place % 4 * 8
         cells = [picture[top:top + 8, left:left + 8] for picture in (grey, painted)]
@@ -128,7 +131,7 @@ def test_masks_and_hits_are_painted_where_they_are():
             assert (cells[0] == 77).all() and (cells[1] == 77).all()
         else:
             assert (cells[0] == 128).all()
-            colour = pretrain.HIT if hits[masked.tolist().index(place)] else pretrain.MISS
+            colour = HIT if hits[masked.tolist().index(place)] else pretrain.MISS
             assert tuple(cells[1][1, 4]) == colour
 
 
@@ -157,7 +160,7 @@ def test_attention_is_that_of_the_block(options):
 
 def test_a_heat_map_is_brightest_where_the_value_is_largest():
     values = torch.tensor([[0.1, 0.2], [0.9, 0.3]])
-    picture = visualize.heat_map(values, 8).astype(int)
+    picture = heat_map(values, 8).astype(int)
     assert picture.shape == (8, 8, 3)
     brightness = picture.sum(axis=-1)[2::4, 2::4]
     assert (brightness.argsort(axis=None) == values.numpy().argsort(axis=None)).all()
@@ -181,7 +184,7 @@ def test_the_pixel_decoder_learns_what_codes_say():
 
     torch.manual_seed(0)
     tokenizer = Brightness()
-    view = data.TrainView(data.Shapes("train", 64, 16), 0, 16, (0.7, 1.0))
+    view = data.TrainView(Shapes("train", 64, 16), 0, 16, (0.7, 1.0))
     decoder = visualize.train_pixel_decoder(tokenizer, view, 120, torch.device("cpu"))
     ids = torch.tensor([[[0, 3], [3, 0]]]).repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
     painted = decoder(F.embedding(ids, tokenizer.quantize.embedding.weight).permute(0, 3, 1, 2))[0].mean(dim=0)
@@ -218,14 +221,14 @@ def test_curves_are_the_numbers_of_the_file(tmp_path):
     lines = [{"epoch": 0, "step": 20, "loss": 2.0, "lr": 0.1}, {"epoch": 0, "step": 40, "loss": 1.0, "lr": 0.2},
              {"epoch": 0, "step": 40, "train": {"loss": 1.5}, "val": {"top1": 0.25}}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert visualize.read_curves(tmp_path) == {"step": {"loss": [(20, 2.0), (40, 1.0)], "lr": [(20, 0.1), (40, 0.2)]},
+    assert read_curves(tmp_path) == {"step": {"loss": [(20, 2.0), (40, 1.0)], "lr": [(20, 0.1), (40, 0.2)]},
                                                "epoch": {"loss": [(1, 1.5)], "val top1": [(1, 0.25)]}}
 
 
 def test_a_chart_puts_points_where_its_ticks_say():
     """Read the picture as a person does: by its ticks, a curve's points have their values."""
     points = [(0.0, 10.0), (50.0, 30.0), (100.0, 20.0)]
-    svg = visualize.line_chart("Loss & more", {"a<b": points, "gap": [(0, math.nan)]}, "step", "loss")
+    svg = line_chart("Loss & more", {"a<b": points, "gap": [(0, math.nan)]}, "step", "loss")
     assert "Loss &amp; more" in svg and "a&lt;b" in svg and "gap" not in svg
     x_ticks = {float(text): float(x) for x, text in re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">([\d.]+)<', svg)}
     y_ticks = {float(text): float(y) - 4 for y, text in re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', svg)}
@@ -243,16 +246,16 @@ def test_a_chart_puts_points_where_its_ticks_say():
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0.00001, 0.0015), (2.3, 2.31), (0, 0), (-5, 1200)])
 def test_ticks_are_few_round_numbers_inside(low, high):
-    ticks = visualize.ticks(low, high if high > low else low + 1)
-    assert 2 <= len(ticks) <= 8 and all(low - 1e-9 <= tick <= max(high, low + 1) + 1e-9 for tick in ticks)
+    marks = ticks(low, high if high > low else low + 1)
+    assert 2 <= len(marks) <= 8 and all(low - 1e-9 <= mark <= max(high, low + 1) + 1e-9 for mark in marks)
 
 
 def test_a_scatter_has_a_mark_for_each_point_and_class():
     labels = torch.tensor([0, 1, 1, 2])
-    chart = visualize.scatter_chart("f", torch.randn(4, 2), labels, ["a", "b", "<c>"])
+    chart = scatter_chart("f", torch.randn(4, 2), labels, ["a", "b", "<c>"])
     assert chart.count('fill-opacity=".75"') == 4 + 3 and "&lt;c&gt;" in chart and "<c>" not in chart
 
 
 def test_the_page_needs_nothing_else():
-    page = visualize.page("a & b", [("One", "<p>x</p>")])
-    assert "a &amp; b" in page and not re.search(r'(src|href)="(?!data:|#)', page) and "<script" not in page
+    whole = page("a & b", [("One", "<p>x</p>")])
+    assert "a &amp; b" in whole and not re.search(r'(src|href)="(?!data:|#)', whole) and "<script" not in whole

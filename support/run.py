@@ -1,16 +1,7 @@
-"""The plumbing that every training loop shares; nothing in here knows about images, masks or codes.
-
-To follow a training step you need none of it: forward, loss, backward and step stand open in each script. Each part
-below begins with what it does and when to skip it. How a script starts is in `start.py`.
-"""
-
 import contextlib
 import hashlib
 import json
 import math
-import os
-import signal
-import sys
 import time
 import types
 import typing
@@ -24,170 +15,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-# Scripts find here what is declared there, so that they need one module only.
-from start import (FREE_TO_CHANGE, SECTIONS, Amount, Beta, Count, Interrupted, Natural, OptimizerConfig,  # noqa: F401
-                   Precision, Share, TrainConfig, UserError, all_reduce_sum, as_dict, broadcast_buffers, changed_keys,
-                   cores, explained, fetch, file_sha256, gather_in_order, launch, load_config, on_main, rank, say,
-                   say_if_unfinished, setup_distributed, signals_heard, stage_checkpoint, world_size)
+from support.errors import Interrupted, UserError, explained
+from support.files import file_sha256, keep_lines, save_atomically
+from support.launch import Stop
+from support.options import FREE_TO_CHANGE, SECTIONS, OptimizerConfig, as_dict, changed_keys
+from support.precision import Precision
+from support.processes import all_reduce_sum, on_main, rank, say, setup_distributed, world_size
+
 
 try:
     import fcntl
 except ImportError:  # Windows: nothing there keeps two runs out of one folder
     fcntl = None
 
-# ----------------------------------------------------------------------------------------------------------------
-# Optimisation: who decays, who learns how fast, and when. Skip it unless you want to see how the paper's learning
-# rates are spread over layers and steps.
-
-
-def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
-    """Sort the trainable parameters into AdamW groups by weight decay and learning-rate scale.
-
-    Vectors, biases, [CLS] and position embeddings do not decay; mask token and bias tables do, as published.
-    With `layer_decay` < 1 (fine-tuning), lower layers learn more slowly, see `lr_scale`.
-    """
-    depth = len(getattr(model, "blocks", ()))
-    groups: dict[tuple, dict] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        bare = parameter.ndim == 1 or name.endswith(".bias") or name.split(".")[-1] in ("cls_token", "pos_embed")
-        decay = 0.0 if bare else weight_decay
-        scale = lr_scale(name, depth, layer_decay) if layer_decay < 1 else 1.0
-        group = groups.setdefault((decay, scale), dict(params=[], names=[], weight_decay=decay, lr_scale=scale))
-        group["params"].append(parameter)
-        group["names"].append(name)
-    return list(groups.values())
-
-
-def lr_scale(name: str, depth: int, layer_decay: float) -> float:
-    """The share of the learning rate that the parameter `name` gets: layer_decay^(L + 1 - i) in layer i of `depth` L.
-
-    The embeddings ([CLS], mask token, positions, patches) are layer 0, block i is layer i, counted from 1, and all else
-    is layer L + 1.
-    """
-    if name.startswith(("cls_token", "mask_token", "pos_embed", "patch_embed")):
-        layer = 0
-    elif name.startswith("blocks."):
-        layer = int(name.split(".")[1]) + 1  # names count blocks from 0
-    else:
-        layer = depth + 1
-    return layer_decay ** (depth + 1 - layer)
-
-
-def make_optimizer(groups: list[dict], config: TrainConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
-
-
-def cosine_schedule(base: float, final: float, epochs: int, steps_per_epoch: int, warmup_epochs: float) -> list[float]:
-    """The value at every step: linear from 0 to `base` over the warm-up, then half a cosine down towards `final`."""
-    warmup = min(round(warmup_epochs * steps_per_epoch), epochs * steps_per_epoch)
-    rest = epochs * steps_per_epoch - warmup
-    rise = [base * step / max(1, warmup - 1) for step in range(warmup)]
-    fall = [final + 0.5 * (base - final) * (1 + math.cos(math.pi * step / rest)) for step in range(rest)]
-    return rise + fall
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-
 
 def seed_everything(*numbers: int) -> None:
     """Seed the default generators of CPU and GPUs from several numbers, which a hash keeps from colliding."""
     digest = hashlib.sha256(repr(numbers).encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Files that a run writes: whole, or not at all. Skip it unless you want to know what a killed run leaves behind.
-
-
-def save_atomically(state: dict, path: Path) -> None:
-    """Write a checkpoint beside `path` and rename it when it is whole, so that no reader ever sees half of one."""
-    part = path.with_suffix(".part")
-    # torch reports a full disk as RuntimeError.
-    with explained(f"cannot write the checkpoint '{path}'", "free some space, then give the same command to go on from "
-                   "the checkpoint before", OSError, RuntimeError):
-        try:
-            with open(part, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except (OSError, RuntimeError):
-            part.unlink(missing_ok=True)
-            raise
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, but for a last one that was cut short, or is being written just now."""
-    lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
-
-
-def keep_lines(path: Path, step: int, epochs_done: int) -> None:
-    """Drop what an interrupted run measured after its last checkpoint: it is about to be measured again.
-
-    A file that is no text was not written by a run: it is moved aside, not changed.
-    """
-    if not path.is_file():
-        return
-    try:
-        path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        aside = path.with_suffix(".damaged")
-        os.replace(path, aside)
-        say(f"note: '{path}' is no text file any more: it is now '{aside.name}', and a new one begins")
-        return
-    part = path.with_suffix(".part")
-    kept = [line for line in read_lines(path)
-            if line["step"] <= step and (line["epoch"] < epochs_done or "val" not in line)]
-    part.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
-    os.replace(part, path)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Signals. Ctrl-C, a cluster's SIGTERM and a lost terminal's SIGHUP ask a run to end its step and save itself. Skip it.
-
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
-class Stop:
-    """Hears the signals until `restore`. `when` tells a person how soon the run will end."""
-
-    def __init__(self, when: str):
-        self.signal, self.time, self.when = None, 0.0, when
-        self.before = {number: signal.signal(number, self.hear) for number in STOP_SIGNALS
-                       if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT}  # nohup ignores SIGHUP
-
-    def hear(self, number: int, frame: Any) -> None:
-        signals_heard.add(number)
-        if self.signal is None:
-            self.signal, self.time = number, time.monotonic()
-            if rank() == 0:
-                print(f"\nstopping after {self.when} and saving; once more to stop at once", file=sys.stderr)
-        # Ctrl-C reaches us twice under torchrun: from the terminal, and from torchrun, which passes it on.
-        elif time.monotonic() - self.time > 3:
-            raise KeyboardInterrupt
-
-    def asked(self, device: torch.device) -> bool:
-        """Whether any rank has heard one. All ranks must stop at the same step, so all must ask together."""
-        if world_size() == 1:
-            return self.signal is not None  # asked after each step: a tensor would make the host wait for the device
-        return all_reduce_sum(torch.tensor(float(self.signal is not None), device=device)).item() > 0
-
-    def restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Metrics. Values stay on the device until the next line of metrics.jsonl is due, since reading one makes the host wait
-# for the device. Skip it unless you wonder how a figure was averaged.
 
 
 class Metrics:
@@ -257,11 +102,6 @@ def open_board(folder: Path, step: int) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(folder), purge_step=step + 1)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# One stage's run. It counts steps, deals out batches, saves, and goes on where it was interrupted. Read the example
-# below; skip the rest unless you want to know how an interrupted run ends with the same bits.
 
 
 class Run:

@@ -1,0 +1,6 @@
+"""The first floor: what every script uses and no reader of the method needs. Each file is one concern."""
+
+
+
+
+

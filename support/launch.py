@@ -1,0 +1,121 @@
+import contextlib
+import errno
+import os
+import signal
+import sys
+import time
+import typing
+from typing import Any, Callable
+
+import torch
+import torch.distributed as dist
+
+from support.errors import Interrupted, UserError
+from support.processes import all_reduce_sum, rank, world_size
+
+
+signals_heard: set[int] = set()  # those that asked this process to stop; Stop adds them, `fail` looks here
+
+
+class Unbreakable:
+    """A stream that may lose its reader (a closed pipe or terminal): what it cannot print any more ends no training."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def launch(main: Callable[[], None], *expected: type[Exception]) -> None:
+    """Run a script's `main`. UserError and the `expected` errors print one sentence and exit with 1."""
+    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    sys.excepthook = leave_with_traceback
+    try:
+        main()
+    except (UserError, *expected) as error:
+        fail(" ".join(str(error).split()))
+    except torch.OutOfMemoryError:
+        fail("the device is out of memory: set a smaller device_batch_size (gradients are accumulated; of the result "
+             "only rounding and random numbers change, and in segment.py BatchNorm's statistics), or "
+             "model.checkpoint_activations=true")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        fail(f"cannot read or write '{error.filename or 'a file'}' ({error.strerror}): give it the right permissions, "
+             f"free some space or choose another output_dir; the same command goes on from the last checkpoint")
+    except RuntimeError as error:
+        if world_size() == 1 or not any(words in str(error) for words in ("closed by peer", "reset by peer")):
+            raise
+        fail("another process has ended, and this one cannot go on alone")  # the other one says why
+    except Interrupted as stop:
+        fail(str(stop), status=130)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from the last checkpoint, if there was one", status=130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def leave_with_traceback(*error: Any) -> typing.NoReturn:
+    """An error that nobody foresaw, such as one in code that you have just changed: show where it is, and leave."""
+    sys.__excepthook__(*error)
+    sys.stdout.flush()
+    os._exit(1)  # Python itself would tell loader workers to end by SIGTERM, which they ignore, and wait for ever
+
+
+def fail(sentence: str, status: int = 1) -> typing.NoReturn:
+    """Say it once and leave. All ranks mostly fail alike, so the others wait, and torchrun ends them with the first.
+
+    A rank that fails because another one has gone waits too, whatever its number. Where torchrun's SIGTERM was quicker
+    than the failure, the rank that failed first has spoken already, and this one ends in silence.
+    """
+    waits = int(os.environ.get("RANK", 0)) > 0 or sentence.startswith("another process")
+    if waits:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
+    sys.stdout.flush()
+    if not (waits and signal.SIGTERM in signals_heard):
+        print(f"{'stopped' if status == 130 else 'error'}: {sentence}", file=sys.stderr, flush=True)
+    os._exit(status)  # a plain exit would wait for loader workers and for collectives that no one answers
+
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Stop:
+    """Hears the signals until `restore`. `when` tells a person how soon the run will end."""
+
+    def __init__(self, when: str):
+        self.signal, self.time, self.when = None, 0.0, when
+        self.before = {number: signal.signal(number, self.hear) for number in STOP_SIGNALS
+                       if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT}  # nohup ignores SIGHUP
+
+    def hear(self, number: int, frame: Any) -> None:
+        signals_heard.add(number)
+        if self.signal is None:
+            self.signal, self.time = number, time.monotonic()
+            if rank() == 0:
+                print(f"\nstopping after {self.when} and saving; once more to stop at once", file=sys.stderr)
+        # Ctrl-C reaches us twice under torchrun: from the terminal, and from torchrun, which passes it on.
+        elif time.monotonic() - self.time > 3:
+            raise KeyboardInterrupt
+
+    def asked(self, device: torch.device) -> bool:
+        """Whether any rank has heard one. All ranks must stop at the same step, so all must ask together."""
+        if world_size() == 1:
+            return self.signal is not None  # asked after each step: a tensor would make the host wait for the device
+        return all_reduce_sum(torch.tensor(float(self.signal is not None), device=device)).item() > 0
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

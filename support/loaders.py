@@ -1,0 +1,154 @@
+import itertools
+import signal
+import sys
+
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from support import processes
+from support.errors import UserError
+from support.launch import STOP_SIGNALS
+from support.processes import cores
+
+
+class TrainLoader:
+    """Epochs of device batches of `view`: shuffled, in the same order for any number of ranks and workers.
+
+    A rank is one of W training processes, usually one for each GPU. batch_size is that of one device batch: global
+    batch / (ranks * accumulation steps). Rank r takes the positions r, r + W, r + 2W, ... of the shuffled order. So the
+    batches number b of all ranks hold together the images that a single process with the whole batch would take as its
+    batch b: an experiment means the same on one GPU and on eight. If each rank took one long piece of the order
+    instead, every batch would be another one.
+
+    Images that do not fill a batch at the end of an epoch are left out, so that all batches have one shape. Each epoch
+    is shuffled anew, so others are left out next time. rank and world_size default to those of the process group.
+    """
+
+    def __init__(self, view: Dataset, batch_size: int, seed: int, rank=None, world_size=None, workers=0):
+        rank = processes.rank() if rank is None else rank
+        world_size = processes.world_size() if world_size is None else world_size
+        self.view, self.world_size, self.unreadable = view, world_size, set()
+        self.batches = EpochBatches(view, batch_size, seed, rank, world_size)
+        self.batches_per_epoch = len(view) // world_size // batch_size
+        if self.batches_per_epoch == 0:
+            raise UserError(f"{world_size} process(es) with {batch_size} images each need {world_size * batch_size} "
+                            f"training images at once, but there are only {len(view)}: lower the batch size or use "
+                            f"fewer processes")
+        self.loader = DataLoader(view, batch_sampler=self.batches, persistent_workers=workers > 0,
+                                 **loader_options(workers))
+
+    def epoch(self, epoch: int, start: int = 0):
+        """Yields the batches of an epoch from number `start` on: TrainView's entries, as tensors [B, ...].
+
+        A resumed run starts in the middle: batches before `start` are skipped by their numbers, and nothing is
+        decoded for them. UserError when more than 1 % of the images turn out to be unreadable.
+        """
+        self.batches.epoch, self.batches.start = epoch, start
+        for batch in with_plain_errors(self.loader):
+            self.count_unreadable(batch.pop("unreadable"))
+            yield batch
+
+    def count_unreadable(self, names: list[str]):
+        for name in "\n".join(names).split("\n"):
+            if name and name not in self.unreadable:
+                self.unreadable.add(name)
+                print(f"warning: '{name}' cannot be read, replaced by another image", file=sys.stderr)
+        # A few broken files do no harm. Many mean that something is wrong, such as a disk or an unfinished copy.
+        share = len(self.view) / self.world_size  # how many images this rank reads in an epoch
+        if len(self.unreadable) > 0.01 * share:
+            raise UserError(f"{len(self.unreadable)} of {share:.0f} training images cannot be read, among them "
+                            f"'{min(self.unreadable)}': that is more than 1 %, so repair or remove them first")
+
+
+class Rounds:
+    """Rounds of `steps` steps each, for runs that count steps instead of epochs (segment.py).
+
+    Takes the batches of a TrainLoader's epochs, one epoch after the other without end. A step takes `accumulation`
+    batches. Batches that do not fill a step at the end of an epoch are left out.
+    """
+
+    def __init__(self, loader: TrainLoader, steps: int, accumulation: int):
+        self.loader, self.batches_per_epoch = loader, steps * accumulation  # a round plays the part of an epoch
+        self.whole = loader.batches_per_epoch // accumulation * accumulation
+        if self.whole == 0:
+            raise UserError("the training set is smaller than one batch: lower the batch size or add images")
+
+    def epoch(self, number: int, start: int = 0):
+        """Yields the batches of a round from number `start` on, like TrainLoader.epoch."""
+        first, end = number * self.batches_per_epoch + start, (number + 1) * self.batches_per_epoch
+        while first < end:
+            epoch, skipped = divmod(first, self.whole)
+            for batch in itertools.islice(self.loader.epoch(epoch, skipped), min(self.whole - skipped, end - first)):
+                first += 1
+                yield batch
+
+
+class EpochBatches:
+    """The batch sampler: it gives the workers lists of (epoch, index), one list for each batch.
+
+    TrainLoader sets `epoch` and `start` before each pass. The order of an epoch follows from (seed, epoch) alone. The
+    epoch is handed on with each index, because the worker needs it to seed the sample.
+    """
+
+    def __init__(self, view: Dataset, batch_size: int, seed: int, rank: int, world_size: int):
+        self.sampler = DistributedSampler(view, world_size, rank, shuffle=True, seed=seed, drop_last=True)
+        self.batch_size, self.epoch, self.start = batch_size, 0, 0
+
+    def __iter__(self):
+        self.sampler.set_epoch(self.epoch)
+        order = list(self.sampler)
+        for first in range(self.start * self.batch_size, len(order) - self.batch_size + 1, self.batch_size):
+            yield [(self.epoch, index) for index in order[first:first + self.batch_size]]
+
+
+def loader_options(workers: int) -> dict:
+    """Options that all loaders share."""
+    # A DataLoader draws a seed for its workers. Without a generator of its own it would take it from the default one,
+    # and so change the random numbers of the training loop.
+    return dict(num_workers=min(workers, cores()), worker_init_fn=start_worker,
+                pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+
+
+def start_worker(_: int):
+    """Prepare a new worker process."""
+    # Ctrl-C reaches all processes of a terminal. Only the main one reacts: it saves, then ends its workers.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    # There may be as many workers as cores. If each used several threads, they would only take turns.
+    torch.set_num_threads(1)
+
+
+def with_plain_errors(loader: DataLoader):
+    """The loader's batches. PyTorch wraps a worker's UserError into its traceback; this gets the sentence out again."""
+    try:
+        yield from loader
+    except UserError as error:
+        # The traceback holds the loader in a reference cycle. Python would clean it up late, and then wait 5 s for each
+        # worker. Without the traceback, the workers end at once.
+        error.__traceback__ = None
+        raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+
+
+class ValLoader:
+    """Batches of the view's images, or of those in `indices`. All ranks together have each image exactly once.
+
+    Rank r of W has positions r, r + W, r + 2W, ... A rank may have one image fewer than another: if it were given one
+    more to make them equal, that image would count twice in the accuracy. With batch_size None, images come one by one.
+    UserError if there are more ranks than images, or, while iterating, if an image cannot be read.
+    """
+
+    def __init__(self, view: Dataset, batch_size: int | None, rank=None, world_size=None, workers=0, indices=None):
+        rank = processes.rank() if rank is None else rank
+        world_size = processes.world_size() if world_size is None else world_size
+        self.chosen = range(len(view)) if indices is None else indices
+        if len(self.chosen) < world_size:  # every rank raises it; else the others would wait for this one forever
+            raise UserError(f"{len(self.chosen)} image(s) to evaluate cannot be shared by {world_size} processes: use "
+                            f"fewer processes, or add validation images")
+        mine = self.chosen[rank::world_size]
+        self.loader = DataLoader(view, batch_size, sampler=mine, **loader_options(workers))
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self):
+        return with_plain_errors(self.loader)

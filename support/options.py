@@ -1,0 +1,197 @@
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import json
+import math
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+
+from support.errors import UserError, explained
+
+
+SECTIONS = ("data", "model", "tokenizer", "pretrain", "finetune", "segment", "visualize")
+
+
+# Types of options: what a value may be, smallest and largest included.
+Count = Annotated[int, 1, math.inf]
+
+
+Natural = Annotated[int, 0, math.inf]
+
+
+Amount = Annotated[float, 0.0, math.inf]
+
+
+Share = Annotated[float, 0.0, 1.0]
+
+
+Beta = Annotated[float, 0.0, 0.999999]  # AdamW divides by 1 - beta, so 1 is too much
+
+
+@dataclass
+class RunConfig:
+    """The keys at the top of a config, outside all sections."""
+
+    output_dir: str = "runs/default"  # each stage writes OUTPUT_DIR/STAGE and looks there for the one before
+    seed: Annotated[int, 0, 2**63 - 1] = 0  # of weights, sample order, crops (not those of data.views), masks, drop path
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA if there is a GPU
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device has it, see Precision
+    compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA
+
+
+@dataclass
+class OptimizerConfig:
+    """What each stage's section says about its optimisation."""
+
+    batch_size: Count = 1024  # images per optimizer step, over all devices; no other value follows from it
+    device_batch_size: Natural = 0  # the most images that one device holds; more are accumulated. 0: no limit
+    lr: Amount = 1e-3  # peak learning rate
+    betas: tuple[Beta, Beta] = (0.9, 0.999)  # AdamW
+    weight_decay: Amount = 0.05
+    clip_grad: Amount = 0.0  # largest gradient norm; 0: not clipped
+    log_every: Count = 20  # steps between two lines of metrics.jsonl: the only moments when host waits for device
+    save_every: Count = 500  # steps between two checkpoints within an epoch, at the next line of metrics.jsonl
+
+
+@dataclass
+class TrainConfig(OptimizerConfig):
+    """The same for stages that count epochs and follow a cosine."""
+
+    epochs: Count = 100
+    min_lr: Amount = 1e-6  # where the cosine ends
+    warmup_epochs: Amount = 5  # linear warm-up from 0
+
+
+# A run may go on with other values of these: they change its speed or its place. Its result changes by rounding only,
+# but for what each device does with its own part of a batch: drop path's and MixUp's random numbers, and BatchNorm.
+FREE_TO_CHANGE = {"output_dir", "device", "precision", "compile", "root", "download", "cache", "workers",
+                  "device_batch_size", "save_every", "checkpoint_activations", "eval_only", "overlays"}
+
+
+def load_config(sections: dict[str, type], arguments: list[str] | None = None) -> types.SimpleNamespace:
+    """Read `CONFIG.yaml [section.key=value ...]` into checked dataclasses.
+
+    sections   the script's own: name -> dataclass
+    returns    a namespace with the fields of RunConfig, one attribute per section, and `file`
+    Raises UserError for a missing file, an unknown key (naming the nearest valid one) or a wrong type.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
+        raise UserError(f"name a config file first: torchrun {Path(sys.argv[0]).name} configs/demo.yaml "
+                        f"[section.key=value ...]")
+    file, *changes = arguments
+    values = read_yaml(file)
+    source = dict.fromkeys(values, f"'{file}'")
+    kinds = {"": RunConfig, **sections}
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise UserError(f"'{change}' on the command line is not of the form section.key=value")
+        with explained(f"'{change}' on the command line has no valid value", "write it as in YAML", yaml.YAMLError):
+            values[key] = yaml.safe_load(text)
+        source[key] = "the command line"
+        # In the file, the sections of other scripts are left to those scripts. On the command line no other script will
+        # ever see them, so a typo would be lost. The script that declares such a section is imported only here, when
+        # it is needed: at the top of this file, the arrow from scripts to plumbing would run both ways.
+        section = key.partition(".")[0]
+        if section in SECTIONS and section not in kinds:
+            kinds[section] = importlib.import_module(section).SECTIONS[section]
+
+    declared = {f"{section}.{name}".lstrip("."): kind for section, fields in kinds.items()
+                for name, kind in typing.get_type_hints(fields, include_extras=True).items()}
+    for key, value in values.items():
+        section = key.rpartition(".")[0]
+        if key in SECTIONS:
+            raise UserError(f"'{key}' in {source[key]} must be a section with keys, not {value!r}")
+        if key in declared:
+            try:
+                values[key] = convert(value, declared[key])
+            except ValueError as error:
+                raise UserError(f"'{key}' in {source[key]} must be {error}, not {value!r}") from None
+        elif section in kinds or section not in SECTIONS:
+            valid = [name for name in (*declared, *SECTIONS) if name.rpartition(".")[0] == section] or list(declared)
+            nearest = difflib.get_close_matches(key, valid, n=1, cutoff=0)[0]
+            raise UserError(f"unknown key '{key}' in {source[key]}; the nearest valid key is '{nearest}'")
+
+    def build(section: str, kind: type) -> Any:
+        return kind(**{name: values[key] for key in values for parent, _, name in [key.rpartition(".")]
+                       if parent == section})
+
+    return types.SimpleNamespace(file=file, **vars(build("", RunConfig)),
+                                 **{section: build(section, kind) for section, kind in sections.items()})
+
+
+def read_yaml(file: str) -> dict[str, Any]:
+    """The values of a config file by their dotted keys. What should be a section and is none keeps its name as key."""
+    known = ", ".join(sorted(str(path) for path in Path("configs").glob("*.yaml"))) or "none in configs/"
+    with explained(f"cannot read the config '{file}'", f"configs here: {known}", OSError, UnicodeDecodeError):
+        text = Path(file).read_text(encoding="utf-8")
+    with explained(f"'{file}' is not valid YAML", "correct it there", yaml.YAMLError):
+        content = yaml.safe_load(text) or {}
+    if not isinstance(content, dict):
+        raise UserError(f"'{file}' must hold `section: {{key: value}}`, not a {type(content).__name__}")
+    empty_sections = {key: {} for key, value in content.items() if key in SECTIONS and value is None}
+    return dotted(content | empty_sections, SECTIONS)
+
+
+def dotted(content: dict, sections: typing.Container | None = None) -> dict[str, Any]:
+    """{"a": {"x": 1}, "b": 2} -> {"a.x": 1, "b": 2}; with `sections`, only these are opened."""
+    values = {}
+    for key, value in content.items():
+        if isinstance(value, dict) and (sections is None or key in sections):
+            values |= {f"{key}.{name}": inner for name, inner in value.items()}
+        else:
+            values[str(key)] = value
+    return values
+
+
+def convert(value: Any, kind: Any) -> Any:
+    """Check one value against its declared type; the ValueError says what it must be."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else convert(value, arguments[0])
+    if origin is Annotated:
+        kind, smallest, largest = arguments
+        value = convert(value, kind)
+        if not smallest <= value <= largest:
+            raise ValueError(f"at least {smallest}" + (f" and at most {largest}" if largest < math.inf else ""))
+        return value
+    if kind is str and value is None:  # `key=` on the command line
+        return ""
+    if origin is Literal:
+        text = str(value).lower() if isinstance(value, bool) else value  # YAML reads true as a boolean
+        if text not in arguments:
+            raise ValueError("one of " + ", ".join(map(str, arguments)))
+        return text
+    if origin in (tuple, list):
+        if not isinstance(value, (list, tuple)) or not value or (origin is tuple and len(value) != len(arguments)):
+            raise ValueError(f"a list of {len(arguments) if origin is tuple else 'one or more'} values")
+        return origin(convert(item, arguments[min(i, len(arguments) - 1)]) for i, item in enumerate(value))
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):  # YAML reads 5e-4 as a string
+            value = float(value)
+    # Python takes a boolean for a whole number.
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
+        raise ValueError({int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind])
+    return value
+
+
+def as_dict(config: types.SimpleNamespace) -> dict:
+    """The configuration as plain values, for YAML and checkpoints."""
+    values = {key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+              for key, value in vars(config).items() if key != "file"}
+    return json.loads(json.dumps(values))  # tuples become lists
+
+
+def changed_keys(old: dict, new: dict) -> list[tuple[str, Any, Any]]:
+    """Where two configurations differ: (dotted key, value before, value now)."""
+    old, new = dotted(old), dotted(new)
+    return [(key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)]

@@ -1,0 +1,93 @@
+import math
+import os
+import sys
+from typing import Any, Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from support.errors import UserError
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(*words: Any) -> None:
+    """Print on rank 0 only, above a progress bar if there is one."""
+    if rank() == 0:
+        tqdm.write(" ".join(map(str, words)), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def cores() -> int:
+    """The processors that this process may use, as far as the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def setup_distributed(device: str = "auto") -> torch.device:
+    """Join the process group that torchrun announces, if any, and take this rank's device (NCCL on CUDA, else gloo)."""
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda was asked for, but there is no CUDA GPU here: set device=cpu or device=auto")
+    use_cuda = torch.cuda.is_available() and device != "cpu"
+    if use_cuda and local_world > torch.cuda.device_count():
+        raise UserError(f"{local_world} processes on this machine want a GPU each, and it has "
+                        f"{torch.cuda.device_count()}: lower torchrun's --nproc-per-node, or set device=cpu")
+    if use_cuda:
+        torch.cuda.set_device(local_rank)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    else:
+        torch.set_num_threads(max(1, cores() // local_world))  # torchrun gives each process one thread: share all out
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if use_cuda else "gloo")
+    return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_in_order(tensor: Tensor, total: int | None = None) -> Tensor:
+    """Collect the rows of all ranks, [n, ...] each, into their global order [total, ...].
+
+    Samplers deal rows out like cards: rank r holds rows r, r+W, r+2W ... With `total`, ranks may differ by one row.
+    """
+    if world_size() == 1:
+        return tensor
+    rows = len(tensor) if total is None else math.ceil(total / world_size())
+    padded = torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])]).contiguous()
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:total]
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give all ranks the buffers of rank 0, such as BatchNorm's running statistics, which it would save too."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def on_main(function: Callable[[], Any]) -> Any:
+    """Run `function` on rank 0 while the others wait, and give its result, or its UserError, to all."""
+    outcome = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = str(error)
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
