@@ -26,7 +26,6 @@ from torchvision.transforms import RandomErasing, RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as TF
 
 from support.errors import UserError, one_line
-from support.frozen import Cache
 from support.options import Count, Natural
 
 
@@ -200,12 +199,12 @@ class TrainView(SampleView):
     erase   int64 [5], a box as top, left, height, width (height 0: none), and which noise fills it, see
             erase_boxes                                                  (if erase, a probability, > 0)
     unreadable  "" or the names, one a line, of unreadable images that this one replaces
-    NAME    what the cache `attached[NAME]` holds for this crop            (if views > 0)
+    row     int64, the crop's number among the views * len(dataset)       (if views > 0)
 
     The tokenizer uses crop and flip, pre-training also jitter and mask, fine-tuning RandAugment and erase instead.
 
     With `views` V > 0, an image has V crops in all: `image` in epoch e is that of epoch e mod V. So what a frozen
-    network says of it can be computed once, see `Cache`. These crops do not depend on the seed: they are like a data
+    network says of it can be computed once (support/frozen.py). These crops do not depend on the seed: they are like a data
     set V times as large, and runs with other seeds use what was computed for the first one. Jitter, mask and erased
     box are drawn anew in each epoch, and do depend on the seed.
     """
@@ -218,7 +217,6 @@ class TrainView(SampleView):
                             f"area, both above 0")
         super().__init__(dataset, seed)
         self.size, self.views = image_size, views
-        self.attached: dict[str, Cache] = {}
         self.drawn: dict[int, dict] = {}  # crops that come back are kept, up to 1 GiB in each process
         self.crop_scale, self.jitter, self.erase = crop_scale, jitter, erase
         self.num_masked, self.mask_grid, self.min_block = num_masked, mask_grid, min_block
@@ -236,13 +234,18 @@ class TrainView(SampleView):
         sample = self.crop(row)
         # The last number keeps these draws apart from those of a crop.
         anew = self.seeded(lambda: self.draw_rest(sample["image"]), self.seed, epoch, index, 1)
-        return sample | anew | {name: cache[row] for name, cache in self.attached.items()}
+        return sample | anew
+
+    def fixed(self) -> "FixedCrops | None":
+        """All crops, where they are always the same."""
+        return FixedCrops(self) if self.views else None
 
     def crop(self, row: int) -> dict:
         """With `views`: crop number `row` of the views * len(dataset), those of the first view first."""
         if row not in self.drawn:
             view, index = divmod(row, len(self))
             sample = self.seeded(lambda: self.draw_crop(index), 0, view, index)  # 0: the same crops for every seed
+            sample["row"] = row
             if len(self.drawn) >= 2**30 // sample["image"].numel():
                 return sample
             self.drawn[row] = sample
@@ -297,14 +300,13 @@ class TrainView(SampleView):
 
 
 class ValView(Dataset):
-    """view[index]: image uint8 [3, S, S], resized and cropped in the centre; label; index; what `attached` caches hold.
+    """view[index]: image uint8 [3, S, S], resized and cropped in the centre; label; index; row, which is the index too.
 
     An image that cannot be read is a UserError. If `strict` is False (for training images), the next one is taken.
     """
 
     def __init__(self, dataset, image_size: int, strict=True):
         self.dataset, self.size, self.strict = dataset, image_size, strict
-        self.attached: dict[str, Cache] = {}
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -320,8 +322,11 @@ class ValView(Dataset):
         # From 384 pixels up there is no margin, as in the paper's evaluation.
         shorter_side = round(self.size * 256 / 224) if self.size < 384 else self.size
         image = TF.center_crop(TF.resize(image, [shorter_side], BICUBIC), [self.size, self.size])
-        sample = {"image": TF.pil_to_tensor(image), "label": self.dataset.label(index), "index": index}
-        return sample | {name: cache[index] for name, cache in self.attached.items()}
+        return {"image": TF.pil_to_tensor(image), "label": self.dataset.label(index), "index": index, "row": index}
+
+    def fixed(self) -> "ValView":
+        """Validation images never change."""
+        return self
 
 
 def load_strictly(load, dataset, index: int):
@@ -345,13 +350,12 @@ class FixedCrops(Dataset):
 
     def __init__(self, view: TrainView):
         self.view = view
-        self.attached: dict[str, Cache] = {}
 
     def __len__(self) -> int:
         return self.view.views * len(self.view)
 
     def __getitem__(self, row: int) -> dict:
-        return self.view.crop(row) | {name: cache[row] for name, cache in self.attached.items()}
+        return self.view.crop(row)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,123 +1,147 @@
+"""What a frozen network says of images: asked anew for each batch, or once, if the images never change.
+
+No reader of the method needs this file: `Frozen` is called like the network itself, and gives what it would give.
+"""
+
 import hashlib
 import json
-import math
 import os
-import shutil
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from data import to_unit
 from support.errors import UserError
 from support.loaders import loader_options, with_plain_errors
 from support.processes import all_reduce_sum, on_main, rank, say, world_size
+from support.run import Run
+
+CACHE_BATCH = 128  # images of one pass that fills a cache
 
 
-CACHE_BATCH = 128  # images of one pass through a frozen network that fills a cache
+class Frozen:
+    """A frozen network, asked about the batches of one view.
 
+        codes = Frozen(run, tokenizer.token_ids, "codes", view, digest(tokenizer), "int32")
+        target = codes(batch, images)  # [B, N]
 
-class Cache:
-    """One value for each image of a data set that never changes, in a memory-mapped file that all ranks share.
+    A frozen teacher says the same of the same crop each time, and on a small machine this takes longer than a small
+    student needs to learn from it. So with fixed crops (`data.views`) it is asked about each of them once, when this
+    object is made, and a file keeps the answers. All ranks share the file, and the work of filling it.
 
-    A frozen teacher says the same of the same crop each time. On a small machine this takes longer than a small student
-    needs to learn from it. So each crop is shown to it once.
-
-    cache[row] is the value of one image, a tensor of this `shape` on the CPU.
-
-    folder   FOLDER/NAME-DIGEST receives values.npy, done.npy and about.json. The digest is that of `about`, of the
-             number of images and of some of their pixels: other images, crops, sizes or networks have another.
-    images   Dataset of {"image": uint8 [3, S, S]}
-    about    what else the values depend on, in plain values
-    shape    of one value; dtype: numpy's name of its type
+    ask     images in [0, 1], [B, 3, S, S] -> a tensor [B, ...]
+    name    begins the file's name, and tells people what it holds
+    view    a TrainView or ValView; its `fixed()` are the images that never change, or None
+    about   whatever else the answers depend on, such as the network's weights, in plain values
+    dtype   of the file, numpy's name; answers come back as float32 or int64
     """
 
-    def __init__(self, folder: Path, name: str, images: Dataset, about: dict, shape: tuple[int, ...], dtype: str):
-        self.images = images
-        rows = torch.linspace(0, len(images) - 1, min(64, len(images))).long().tolist()
-        pixels = hashlib.sha256(b"".join(images[row]["image"].numpy().tobytes() for row in rows)).hexdigest()
-        self.about = about | {"images": len(images), "pixels": pixels, "shape": list(shape), "dtype": dtype}
-        digest = hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()[:8]
-        self.folder = Path(folder) / f"{name}-{digest}"
-        on_main(lambda: self.make((len(images), *shape), dtype))
-        self.open()
+    def __init__(self, run: Run, ask: Callable[[Tensor], Tensor], name: str, view: Dataset, about, dtype: str):
+        self.run, self.images = run, view.fixed()
+        self.ask = torch.compile(ask) if run.compiles else ask
+        self.values: np.ndarray | None = None
+        if self.images is not None and cache_folder(run.config):
+            self.values = self.computed(name, about, dtype)
 
-    def open(self) -> None:
-        self.values = np.load(self.folder / "values.npy", mmap_mode="r+")
-        self.done = np.load(self.folder / "done.npy", mmap_mode="r+")
+    @torch.no_grad()
+    def __call__(self, batch: dict, images: Tensor | None = None) -> Tensor:
+        """The answer for a batch that is on the device, [B, ...].
 
-    def __getstate__(self) -> dict:  # a loader's worker that is not forked opens the files itself
-        return {name: value for name, value in vars(self).items() if name not in ("values", "done")}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        self.open()
-
-    def make(self, shape: tuple[int, ...], dtype: str) -> None:
-        """Make the files, unless they are there and whole."""
-        if self.folder.exists():
-            try:
-                values, done = (np.load(self.folder / name, mmap_mode="r") for name in ("values.npy", "done.npy"))
-                if (values.shape, values.dtype, done.shape) == (shape, np.dtype(dtype), shape[:1]) \
-                        and json.loads((self.folder / "about.json").read_text()) == self.about:
-                    return
-            except (FileNotFoundError, ValueError, EOFError):  # a missing, foreign, truncated or empty file
-                pass
-            say(f"note: '{self.folder}' is damaged, and is made anew")
-            shutil.rmtree(self.folder, ignore_errors=True)
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        say(f"cache of {shape[0]} images, {size / 2**20:,.0f} MiB: {self.folder}")
-        unfinished = self.folder.with_name(f"{self.folder.name}.{os.getpid()}")  # so that no other run finds a half one
-        try:
-            unfinished.mkdir(parents=True, exist_ok=True)
-            (unfinished / "about.json").write_text(json.dumps(self.about, indent=1))
-            # Written, not only reserved: a memory-mapped file that finds the disk full kills the process.
-            for name, rows, kind in (("values.npy", shape, dtype), ("done.npy", shape[:1], "bool")):
-                with open(unfinished / name, "wb") as file:
-                    header = dict(shape=rows, fortran_order=False, descr=np.lib.format.dtype_to_descr(np.dtype(kind)))
-                    np.lib.format.write_array_header_1_0(file, header)
-                    bytes_left = math.prod(rows) * np.dtype(kind).itemsize
-                    while bytes_left:
-                        bytes_left -= file.write(bytes(min(bytes_left, 2**24)))
-            if not self.folder.exists():  # another run may have been quicker
-                unfinished.rename(self.folder)
-        except OSError as error:
-            raise UserError(f"cannot write the cache '{self.folder}' of {size / 2**20:,.0f} MiB ({error.strerror}): "
-                            f"free some space, set data.cache=FOLDER to one on another disk, or set data.cache=none to "
-                            f"compute the values anew in each epoch") from error
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-
-    def fill(self, compute, batch_size: int, device: torch.device, workers: int, title: str) -> "Cache":
-        """Compute what is missing: `compute` takes a batch of `images`, on the device, and returns [B, *shape].
-
-        Ranks share the work. If interrupted, it goes on where it was. Values come in blocks of `batch_size` rows that
-        are computed together, so that they are the same to the bit however often that happened.
+        images   what the network is to see, if the crops are new each time; default: the batch's. Of fixed crops it
+                 always sees the crop itself, whatever was done to its colours since
         """
-        blocks = [range(first, min(first + batch_size, len(self.done))) for first in range(0, len(self.done), batch_size)]
-        # One list for all ranks: a quick rank may write already while another still looks.
-        missing = on_main(lambda: [rows for rows in blocks if not self.done[rows.start:rows.stop].all()])
+        if self.values is not None:
+            answer = torch.from_numpy(self.values[batch["row"].cpu().numpy()]).to(self.run.device)
+        else:
+            unchanged = images is None or self.images is not None
+            with self.run.autocast():
+                answer = self.ask(to_unit(batch["image"]) if unchanged else images)
+        return answer.float() if answer.is_floating_point() else answer.long()
+
+    def computed(self, name: str, about, dtype: str) -> np.ndarray:
+        """The answers for all images, [images, ...], in a memory-mapped file: what is missing in it is computed now.
+
+        The file's name holds a digest of `about`, of the number of images and of some of their pixels: other images,
+        crops, sizes or networks have another file. Values come in blocks that are computed together, so they are the
+        same to the bit however often this was interrupted.
+        """
+        run, images = self.run, self.images
+        some = torch.linspace(0, len(images) - 1, min(64, len(images))).long().tolist()
+        pixels = [images[row]["image"] for row in some]
+        with torch.no_grad(), run.autocast():
+            shape = self.ask(to_unit(pixels[0][None].to(run.device))).shape[1:]
+        described = [about, len(images), list(shape), dtype, run.precision.name,
+                     hashlib.sha256(torch.stack(pixels).numpy().tobytes()).hexdigest()]
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:8]
+        path = cache_folder(run.config) / f"{name}-{digest}.npy"
+        on_main(lambda: make_file(path, (len(images), *shape), dtype))
+        values = np.load(path, mmap_mode="r+")
+
+        blocks = [range(first, min(first + CACHE_BATCH, len(values))) for first in range(0, len(values), CACHE_BATCH)]
+        # One list for all ranks: a quick rank may write already while another still looks. A block is written from its
+        # first number to its last.
+        missing = on_main(lambda: [rows for rows in blocks if values[rows[-1]].flat[-1] == unset(dtype)])
         mine = missing[rank()::world_size()]
-        loader = DataLoader(self.images, batch_sampler=mine, **loader_options(workers))
-        bar = tqdm(with_plain_errors(loader), desc=title, total=len(mine), leave=False, dynamic_ncols=True,
-                   disable=None if rank() == 0 else True)
+        loader = DataLoader(images, batch_sampler=mine, **loader_options(run.config.data.workers))
+        bar = tqdm(with_plain_errors(loader), desc=f"{name} of {len(images)} images", total=len(mine), leave=False,
+                   dynamic_ncols=True, disable=None if rank() == 0 else True)
         for rows, batch in zip(mine, bar):
-            batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
-            self.values[rows.start:rows.stop] = compute(batch).cpu().numpy()
-            self.done[rows.start:rows.stop] = True
-        all_reduce_sum(torch.zeros(1, device=device)).item()  # wait for all ranks
-        if not self.done.all():
-            raise UserError(f"the cache '{self.folder}' has gaps: give each machine a folder on a disk of its own with "
+            with torch.no_grad(), run.autocast():
+                answer = self.ask(to_unit(batch["image"].to(run.device)))
+            answer = answer.float() if answer.is_floating_point() else answer  # numpy knows no bf16
+            values[rows.start:rows.stop] = answer.cpu().numpy()
+        all_reduce_sum(torch.zeros(1, device=run.device)).item()  # wait for all ranks
+        if any(values[rows[-1]].flat[-1] == unset(dtype) for rows in blocks):
+            raise UserError(f"the cache '{path}' has gaps: give each machine a folder on a disk of its own with "
                             f"data.cache=FOLDER, or set data.cache=none")
-        return self
-
-    def __getitem__(self, row: int) -> torch.Tensor:
-        return torch.from_numpy(np.array(self.values[row]))
+        return values
 
 
-def digest(model: torch.nn.Module) -> str:
-    """SHA-256 of a model's weights, by which a cache knows whose values it holds."""
+def unset(dtype: str) -> float | int:
+    """What stands in a file where nothing has been computed yet: a number that no network here gives."""
+    return -np.inf if np.dtype(dtype).kind == "f" else -1
+
+
+def make_file(path: Path, shape: tuple[int, ...], dtype: str) -> None:
+    """Make the file, all of it unset, unless it is there and whole."""
+    if path.exists():
+        try:
+            values = np.load(path, mmap_mode="r")
+            if (values.shape, values.dtype) == (shape, np.dtype(dtype)):
+                return
+        except (ValueError, EOFError):  # foreign, truncated or empty
+            pass
+        say(f"note: '{path}' is damaged, and is made anew")
+        path.unlink()
+    row = np.full((1, *shape[1:]), unset(dtype), dtype)
+    size = f"{shape[0] * row.nbytes / 2**20:,.0f} MiB"
+    say(f"cache of {shape[0]} images, {size}: {path}")
+    part = path.with_name(f"{path.name}.{os.getpid()}")  # so that no other run finds half a file
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Written, not only reserved: a memory-mapped file that finds the disk full kills the process.
+        with open(part, "wb") as file:
+            np.lib.format.write_array_header_1_0(
+                file, dict(shape=shape, fortran_order=False, descr=np.lib.format.dtype_to_descr(row.dtype)))
+            for first in range(0, shape[0], 1024):
+                file.write(row.tobytes() * min(1024, shape[0] - first))
+        if not path.exists():  # another run may have been quicker
+            part.rename(path)
+    except OSError as error:
+        raise UserError(f"cannot write the cache '{path}' of {size} ({error.strerror}): free some space, set "
+                        f"data.cache=FOLDER to one on another disk, or set data.cache=none to compute the values anew "
+                        f"in each epoch") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 of a model's weights, by which a cache knows whose answers it holds."""
     return hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values())).hexdigest()
 
 

@@ -48,6 +48,14 @@ class TrainLoader:
             self.count_unreadable(batch.pop("unreadable"))
             yield batch
 
+    def stream(self, first: int, per_epoch: int):
+        """Yields batches without end, from number `first` on: each epoch gives `per_epoch`, and drops the others."""
+        while True:
+            epoch, start = divmod(first, per_epoch)
+            for batch in itertools.islice(self.epoch(epoch, start), per_epoch - start):
+                first += 1
+                yield batch
+
     def count_unreadable(self, names: list[str]):
         for name in "\n".join(names).split("\n"):
             if name and name not in self.unreadable:
@@ -58,29 +66,6 @@ class TrainLoader:
         if len(self.unreadable) > 0.01 * share:
             raise UserError(f"{len(self.unreadable)} of {share:.0f} training images cannot be read, among them "
                             f"'{min(self.unreadable)}': that is more than 1 %, so repair or remove them first")
-
-
-class Rounds:
-    """Rounds of `steps` steps each, for runs that count steps instead of epochs (segment.py).
-
-    Takes the batches of a TrainLoader's epochs, one epoch after the other without end. A step takes `accumulation`
-    batches. Batches that do not fill a step at the end of an epoch are left out.
-    """
-
-    def __init__(self, loader: TrainLoader, steps: int, accumulation: int):
-        self.loader, self.batches_per_epoch = loader, steps * accumulation  # a round plays the part of an epoch
-        self.whole = loader.batches_per_epoch // accumulation * accumulation
-        if self.whole == 0:
-            raise UserError("the training set is smaller than one batch: lower the batch size or add images")
-
-    def epoch(self, number: int, start: int = 0):
-        """Yields the batches of a round from number `start` on, like TrainLoader.epoch."""
-        first, end = number * self.batches_per_epoch + start, (number + 1) * self.batches_per_epoch
-        while first < end:
-            epoch, skipped = divmod(first, self.whole)
-            for batch in itertools.islice(self.loader.epoch(epoch, skipped), min(self.whole - skipped, end - first)):
-                first += 1
-                yield batch
 
 
 class EpochBatches:
