@@ -1,7 +1,7 @@
 """BEiT v2's networks: the Vision Transformer, its two heads, and how to read a checkpoint into them.
 
     VisionTransformer     images -> normed tokens: [CLS] and one per patch       (the backbone)
-    MaskedImageModel      images + masked positions -> which code each hides     (stage 2, paper section 2.3)
+    MaskedImageModel      images + masked positions -> the id that each hides    (stage 2, paper section 2.3)
     Classifier            images -> class logits                                 (stage 3)
     load_pretrained       checkpoint -> model, with a report of every tensor
 
@@ -11,9 +11,9 @@ This file needs nothing but torch: copy it to use a trained model elsewhere.
 Paper: Peng et al., "BEiT v2: Masked Image Modeling with Vector-Quantized Visual Tokenizers", arXiv 2208.06366.
 It builds on BEiT (arXiv 2106.08254), from which the backbone and the masking come.
 
-Two words: a *token* is a vector of D numbers inside the network. A *code* is one of the K entries of the codebook that
-stage 1 makes; the tokenizer gives one to each patch. In this file only its number counts, an integer from 0 to K-1. (The
-paper says visual token, others say token id or visual word.)
+Three words: a *token* is a vector of D numbers inside the network. A *code* is one of the K vectors of the codebook that
+stage 1 makes, and its *id* is its number there, 0 to K-1. The tokenizer gives each patch a code. This file deals with ids
+alone. (The paper says visual token for both, others say visual word.)
 
 The shape comments use these letters:
 
@@ -488,23 +488,25 @@ def shrink_residual_branches(block: Block, layer: int) -> None:
 
 
 class MaskedImageModel(VisionTransformer):
-    """The pre-training model (paper section 2.3): it predicts the codes of the masked patches, twice.
+    """The pre-training model (paper section 2.3): it predicts the ids of the masked patches, twice.
 
     The first prediction is BEiT's. It comes from the patch tokens of the last layer. It trains the patches well, but
     [CLS] badly: no loss looks at [CLS], so nothing asks it to say what the image is about.
 
     The second prediction is new in BEiT v2 and is called patch aggregation. A small transformer, the aggregation
-    head, gets the *final* [CLS] and the patch tokens of the *early* layer l, and predicts the same codes again.
+    head, gets the *final* [CLS] and the patch tokens of the *early* layer l, and predicts the same ids again.
 
-        patches ──► blocks 1 ... l ──► blocks l+1 ... L ──► patch tokens ──► norm, lm_head ──► codes     (1)
+        patches ──► blocks 1 ... l ──► blocks l+1 ... L ──► patch tokens ──► norm, lm_head ──► ids     (1)
                           │                   └───────────► [CLS] ──┐
-                          └──────► early patch tokens ──────────────┴──► head ──► norm, lm_head ──► codes     (2)
+                          └──────► early patch tokens ──────────────┴──► head ──► norm, lm_head ──► ids     (2)
 
     Why [CLS] cannot cheat: what the blocks after l find out can reach the head in one way only, through [CLS]. The
     final patch tokens are not shown to it. The early ones have combined less of the image, and the head, with its
     two layers, cannot do the work of the missing blocks. So the loss goes down only if [CLS] carries what the early
     patches do not know. And one vector can hardly hold the answers for all the masked patches one by one. It has to
-    say what helps with all of them: what the image shows. That is how [CLS] learns this without any label.
+    say what helps with all of them: what the image shows. That is how [CLS] learns this without any label. (So argues the
+    paper, whose Table 5 shows it: without the head, the linear probe of [CLS] falls by far. Our short runs are too short
+    to see it: docs/ablations.md.)
 
     If l were L, the head would see the final patches, and could do without [CLS]. If the head were deep, it could
     compute what is missing by itself. In both cases [CLS] would learn little. After training, the head is thrown away.
@@ -512,7 +514,8 @@ class MaskedImageModel(VisionTransformer):
     vocab_size       K, the codebook size
     early_layers     l of the paper, counted from 1: 9 of 12 for base, 21 of 24 for large
     head_layers      depth of the aggregation head; 0: no head, plain masked prediction (not in the published code)
-    shared_lm_head   both predictions go through the same final norm and the same output layer
+    shared_lm_head   both predictions go through the same final norm and the same output layer; False: the head has a
+                     norm and an output layer of its own
     """
 
     droppable = ()
@@ -548,13 +551,13 @@ class MaskedImageModel(VisionTransformer):
             self.cls_pt_lm_head = nn.Linear(self.embed_dim, vocab_size)
             init_weights(self.cls_pt_lm_head, truncate_at=init_std, std=init_std)
 
-    def forward(self, images: Tensor, masked: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Predict the codes of the masked patches: p(code | visible patches) = softmax of these logits (equation 3).
+    def forward(self, images: Tensor, masked: Tensor) -> dict[str, Tensor]:
+        """Predict the ids of the masked patches: p(id | visible patches) = softmax of these logits (equation 3).
 
         images   [B, 3, S, S], normalised
         masked   int64 [B, M], ascending positions of the masked patches, 0 to N-1. M is the same number for each image,
                  so that every shape is static (see `masked_positions`)
-        returns  logits [B, M, K] of the backbone, and of the aggregation head (None without one)
+        returns  logits [B, M, K] by name: "mim", of the backbone, and "cls", of the aggregation head if there is one
         """
         # Built once, used by all blocks and by the head.
         position_bias = self.shared_position_bias()  # [1, H, T, T], or None
@@ -567,13 +570,13 @@ class MaskedImageModel(VisionTransformer):
         # Prediction 1. Only the masked patches are asked: [B, N, D] -> [B, M, D] -> [B, M, K]. A visible patch sees its
         # own pixels, so naming its code would be an exercise in copying. Picking before the norm and the output layer
         # also saves 60 % of the largest matrix product of the model: D x 8192 for each token.
-        logits = self.lm_head(self.norm(take(x[:, 1:], masked)))
-        if not self.head_layers:
-            return logits, None
-        return logits, self.aggregate(x, kept[self.early_layers], masked, position_bias)
+        predictions = {"mim": self.lm_head(self.norm(take(x[:, 1:], masked)))}
+        if self.head_layers:
+            predictions["cls"] = self.aggregate(x, kept[self.early_layers], masked, position_bias)
+        return predictions
 
     def aggregate(self, last: Tensor, early: Tensor, masked: Tensor, position_bias: Tensor | None) -> Tensor:
-        """Patch aggregation (Figure 3 of the paper): predict the codes again, from the final [CLS] and early patches.
+        """Patch aggregation (Figure 3 of the paper): predict the ids again, from the final [CLS] and early patches.
 
         last, early     tokens [B, T, D] after the last block, and after block `early_layers`; the final norm has touched
                         neither: it comes after the head, before the output layer
@@ -604,13 +607,35 @@ def masked_positions(mask: Tensor, num_masked: int) -> Tensor:
     return mask.byte().sort(dim=1, descending=True, stable=True).indices[:, :num_masked]
 
 
-def take(tokens: Tensor, positions: Tensor) -> Tensor:
-    """Pick from tokens [B, N, D] those at `positions` [B, M] of each image: [B, M, D]."""
-    return tokens.gather(1, positions[..., None].expand(-1, -1, tokens.shape[-1]))
+def take(values: Tensor, positions: Tensor) -> Tensor:
+    """Pick from values [B, N, ...], tokens or ids, those at `positions` [B, M] of each image: [B, M, ...]."""
+    index = positions.view(*positions.shape, *[1] * (values.ndim - 2))
+    return values.gather(1, index.expand(-1, -1, *values.shape[2:]))
+
+
+def score(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """How good a prediction is: its loss (equation 3), and for which patches its best guess is right.
+
+    logits   [B, M, K], what was predicted of the masked patches
+    ids      int64 [B, M], what is right
+    returns  the mean over all masked patches of  - log p(id), a scalar, and hits, bool [B, M]
+
+    The mean keeps the loss the same size for any number of masked patches. In fp32: with 8192 ids, the sum inside the
+    softmax would lose its small terms in half precision.
+    """
+    loss = F.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
+    return loss, logits.argmax(dim=-1) == ids
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Act 4. Stage 3: classification
+
+# How the tokens of an image, [B, T, D], become one vector for each image. Fine-tuning uses one of them; k-NN and the linear
+# probe measure all.
+POOLINGS = {
+    "cls": lambda tokens: tokens[:, 0],  # [B, D]
+    "mean": lambda tokens: tokens[:, 1:].mean(dim=1),  # [B, D], of the patches
+}
 
 
 class Classifier(VisionTransformer):
@@ -624,30 +649,30 @@ class Classifier(VisionTransformer):
     reaches the backbone is multiplied by the head's weights. With tiny ones, all classes begin equally likely
     (a loss of log(classes)), the backbone stays almost as it is, and the head learns first.
 
-    mean_pool    True: the mean of the patches, then `fc_norm`; False: the final `norm`, then [CLS]
+    pooling      "mean": the mean of the patches, then `fc_norm`; "cls": the final `norm`, then [CLS]
     init_scale   factor on the head's initial weights
     """
 
     may_be_fresh = ("head.", "fc_norm.")
 
-    def __init__(self, num_classes: int, mean_pool: bool = True, init_scale: float = 0.001, **backbone):
-        super().__init__(final_norm=not mean_pool, **backbone)
+    def __init__(self, num_classes: int, pooling: str = "mean", init_scale: float = 0.001, **backbone):
+        super().__init__(final_norm=pooling == "cls", **backbone)
+        self.pool = POOLINGS[pooling]
+        width = self.pool(torch.zeros(1, 2, self.embed_dim)).shape[1]
         # The pre-trained norm was trained on single tokens. A mean of tokens has a smaller spread, because what differs
         # between patches cancels. So the mean gets a fresh norm of its own, and the pre-trained one is left behind.
-        if mean_pool:
+        if pooling != "cls":
             self.droppable = (*self.droppable, "norm.")
-        self.fc_norm = nn.LayerNorm(self.embed_dim, eps=1e-6) if mean_pool else None
-        self.head = nn.Linear(self.embed_dim, num_classes)
+        self.fc_norm = nn.LayerNorm(width, eps=1e-6) if pooling != "cls" else nn.Identity()
+        self.head = nn.Linear(width, num_classes)
         init_weights(self.head, truncate_at=2.0)
         with torch.no_grad():
             self.head.weight *= init_scale  # its bias is 0
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, S, S] to logits [B, classes]."""
-        tokens = self.features(images)  # [B, T, D]
-        # [B, D]. With mean_pool the backbone's final norm is the identity, and the norm comes after the mean.
-        pooled = self.fc_norm(tokens[:, 1:].mean(dim=1)) if self.fc_norm is not None else tokens[:, 0]
-        return self.head(pooled)
+        # There is one norm: before the pooling for [CLS], after it for the mean. The other one is the identity.
+        return self.head(self.fc_norm(self.pool(self.features(images))))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -767,7 +792,7 @@ def read_model(path: str | Path, section: str, here) -> dict:
     have, and are not checked. Raises ModelError, which names what differs.
     """
     content = read_checkpoint(path)
-    saved = content.get("config", {}).get(section)
+    saved = saved_section(content, section)
     if saved and dimensions(argparse.Namespace(**saved)) != dimensions(here):
         there, here = ([f"{section}.{key}={value}" for key, value in dimensions(part).items()]
                        for part in (argparse.Namespace(**saved), here))
@@ -775,6 +800,13 @@ def read_model(path: str | Path, section: str, here) -> dict:
         raise ModelError(f"'{path}' was made with another model ({'; '.join(differing)}): make the configuration "
                          f"agree with it, or choose another checkpoint")
     return content
+
+
+def saved_section(content: dict, section: str) -> dict | None:
+    """The section of the configuration that a checkpoint of ours was made with; None for files that have none."""
+    config = content.get("config")
+    found = config.get(section) if isinstance(config, dict) else None
+    return found if isinstance(found, dict) else None
 
 
 def plain_types() -> list:

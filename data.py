@@ -374,6 +374,11 @@ def to_unit(images: torch.Tensor) -> torch.Tensor:
     return images if images.is_floating_point() else images.float() / 255
 
 
+def jittered(batch: dict) -> torch.Tensor:
+    """The images of a batch in [0, 1], [B, 3, H, W], after the colour jitter that it brings along, if any."""
+    return color_jitter(batch["image"], batch["jitter"]) if "jitter" in batch else to_unit(batch["image"])
+
+
 def color_jitter(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """images [B, 3, H, W] uint8 or in [0, 1], factors [B, 3] of brightness, contrast, saturation -> [0, 1].
 

@@ -27,24 +27,24 @@ import copy
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-import data
-from beitv2 import (Classifier, ModelConfig, ModelError, VisionTransformer, load_pretrained, model_state,
-                    parameter_groups, read_checkpoint, read_model)
+from beitv2 import (POOLINGS, Classifier, ModelConfig, ModelError, VisionTransformer, load_pretrained, model_state,
+                    read_model)
+from data import DataConfig, TrainView, ValView, erase_boxes, normalize, to_unit
 from support.compare import results
 from support.datasets import open_datasets, open_val_folder
 from support.errors import UserError
 from support.files import say_if_unfinished, stage_checkpoint
-from support.frozen import CACHE_BATCH, Cache, cache_folder, digest
+from support.frozen import Frozen, digest
 from support.launch import launch
-from support.loaders import TrainLoader, ValLoader
-from support.optimizers import cosine_schedule, make_optimizer, set_lr
+from support.loaders import ValLoader
+from support.optimizers import clip_gradients, make_optimizer
 from support.options import Amount, Beta, Count, Share, TrainConfig, load_config
 from support.processes import all_reduce_sum, gather_in_order, say
 from support.run import Run
@@ -71,7 +71,7 @@ class FinetuneConfig(TrainConfig):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     layer_decay: Share = 0.65  # each layer's learning rate is this times that of the next higher layer
     drop_path: Share = 0.1
-    mean_pool: bool = True  # classify the mean of the patches; false: [CLS]
+    pooling: Literal[tuple(POOLINGS)] = "mean"  # what is classified: the mean of the patches, or cls
     init_scale: Amount = 0.001  # factor on the head's initial weights
     crop_scale: tuple[Share, Share] = (0.08, 1.0)  # area of the random crop over that of the image
     rand_augment: bool = True
@@ -85,7 +85,7 @@ class FinetuneConfig(TrainConfig):
     knn_k: Count = 20  # knn only: how many neighbours vote
 
 
-SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "finetune": FinetuneConfig}
+SECTIONS = {"data": DataConfig, "model": ModelConfig, "finetune": FinetuneConfig}
 
 
 def main() -> None:
@@ -111,75 +111,78 @@ def finetune(config) -> None:
     run = Run(stage_folder(cfg), config, cfg)
     train_set, val_set = open_datasets(config.data)
     num_classes = len(train_set.classes)
+    run.notes = {"classes": train_set.classes}
+    view = TrainView(train_set, config.seed, size, cfg.crop_scale, rand_augment=cfg.rand_augment, erase=cfg.erase)
     val_loader = open_val_loader(run, val_set)
 
-    model = Classifier(num_classes, cfg.mean_pool, cfg.init_scale, drop_path=cfg.drop_path,
-                       **config.model.backbone(size))
+    model = Classifier(num_classes, cfg.pooling, cfg.init_scale, drop_path=cfg.drop_path, **config.model.backbone(size))
     # The backbone comes from pre-training: its one bias table is copied into every block. Mask token, output layer and
     # aggregation head are dropped. `fc_norm` and `head` stay as initialised.
-    run.source = load_weights(config, model, train_set.classes)
-    model.to(run.device)
-    parallel = run.prepare(model)
+    source = load_weights(config, model, train_set.classes)
     # Layer decay: each layer learns at `layer_decay` times the rate of the layer above it. Early layers see edges and
     # textures, which any task needs; late layers hold what is special to the task. With one rate for all, it would be
     # too high for the early layers or too low for the head. Block i of L, from 1, has the rate lr * decay^(L + 1 - i):
     #
     #     L = 12, decay 0.65, lr 5e-4
-    #               fc_norm, head   block 12   block 11   block 6   block 1   patch embedding, [CLS]
-    #     factor    1               0.65       0.42       0.049     0.0057    0.0037
-    #     rate      5e-4            3.3e-4     2.1e-4     2.5e-5    2.8e-6    1.8e-6
+    #               fc_norm, head   block 12   block 11   block 6   block 3   block 1   patch embedding, [CLS]
+    #     factor    1               0.65       0.42       0.049     0.013     0.0057    0.0037
+    #     rate      5e-4            3.3e-4     2.1e-4     2.5e-5    6.7e-6    2.8e-6    1.8e-6
     #
-    optimizer = make_optimizer(parameter_groups(model, cfg.weight_decay, cfg.layer_decay), cfg)
+    optimizer = make_optimizer(model, cfg, cfg.layer_decay)
     # A moving average often does better than the last weights, which still jump with each batch. It is never trained.
-    average = copy.deepcopy(model).requires_grad_(False) if cfg.ema_decay else None
+    average = copy.deepcopy(model).requires_grad_(False).to(run.device) if cfg.ema_decay else None
 
-    view = data.TrainView(train_set, config.seed, size, cfg.crop_scale, rand_augment=cfg.rand_augment, erase=cfg.erase)
-    loader = TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
-    run.notes = {"classes": train_set.classes}
-    run.begin(loader, read_checkpoint, model=model, optimizer=optimizer, **({"average": average} if average else {}))
-    lr = cosine_schedule(cfg.lr, cfg.min_lr, cfg.epochs, run.steps_per_epoch, cfg.warmup_epochs)
+    # `parallel` is the model, compiled and synchronised between processes if asked for.
+    parts = dict(model=model, optimizer=optimizer) | ({"average": average} if average else {})
+    parallel = run.begin(view, source, example=(torch.zeros(1, 3, size, size),), **parts)
+    lr = run.cosine_schedule()
     mix = batch_mixer(cfg, num_classes)
 
     for epoch in run.epochs():
         parallel.train()
         # A step is one update of the weights. If its batch does not fit into memory, it comes in several smaller
-        # batches, whose gradients are added up.
-        for micro_batches in run.steps(epoch):
+        # batches, whose gradients are added up; `last` is true for the last of them.
+        for step, batch, last in run.micro_batches(epoch):
             # The rate rises from 0 during the warm-up, because AdamW has seen too few gradients at first to scale its
             # steps well. Then it falls along half a cosine. Each parameter group multiplies it by its layer's factor.
-            set_lr(optimizer, lr[run.step])
-            for batch in micro_batches:
-                # uint8 [B, 3, S, S] -> [0, 1] -> ImageNet's mean and deviation. The backbone was pre-trained on images
-                # normalised like this; with other numbers its features would be worse from the start.
-                images = data.normalize(data.to_unit(batch["image"]))
-                if cfg.erase:
-                    images = data.erase_boxes(images, batch["erase"])
-                # Mixing comes last because it needs two finished images: each is mixed with another one of the batch.
-                images, labels = mix(images, batch["label"])  # labels: int64 [B], or shares of the classes [B, classes]
-                # Matrix products run in half precision. `parallel` is the model. With several ranks it also averages
-                # the gradients over them in the backward pass.
-                with run.autocast():
-                    logits = parallel(images)  # [B, classes]
-                # Label smoothing (arXiv 1512.00567): 0.9 of the target goes to the right class, and 0.1 to all classes
-                # in equal parts. A target of exactly 1 can never be reached: the logits would grow without end, and the
-                # model would be sure even of its mistakes. In float32: half precision rounds small differences.
-                loss = F.cross_entropy(logits.float(), labels, label_smoothing=cfg.label_smoothing)
-                run.backward(loss)
-                # Accuracy on mixed images counts the class with the larger share. It is lower than that on validation
-                # images, which are not mixed, and serves only to see whether anything is learned.
-                main_label = labels.argmax(dim=1) if labels.ndim == 2 else labels
-                run.record(loss=loss, accuracy=(logits.argmax(dim=1) == main_label).float().mean())
-            run.optimizer_step(optimizer)
-            if average:
-                update_average(average, model, cfg.ema_decay)
+            for group in optimizer.param_groups:
+                group["lr"] = lr[step] * group["lr_scale"]
+
+            # uint8 [B, 3, S, S] -> [0, 1] -> ImageNet's mean and deviation. The backbone was pre-trained on images
+            # normalised like this; with other numbers its features would be worse from the start.
+            images = normalize(to_unit(batch["image"]))
+            if cfg.erase:
+                images = erase_boxes(images, batch["erase"])
+            # Mixing comes last because it needs two finished images: each is mixed with another one of the batch.
+            images, labels = mix(images, batch["label"])  # labels: int64 [B], or shares of the classes [B, classes]
+            # Matrix products run in half precision.
+            with run.autocast():
+                logits = parallel(images)  # [B, classes]
+            # Label smoothing (arXiv 1512.00567): 0.9 of the target goes to the right class, and 0.1 to all classes in
+            # equal parts. A target of exactly 1 can never be reached: the logits would grow without end, and the model
+            # would be sure even of its mistakes. In float32: half precision rounds small differences.
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=cfg.label_smoothing)
+            run.backward(loss)  # with several ranks, the last one averages the gradients over them
+            # Accuracy on mixed images counts the class with the larger share. It is lower than that on validation
+            # images, which are not mixed, and serves only to see whether anything is learned.
+            main_label = labels.argmax(dim=1) if labels.ndim == 2 else labels
+            run.record(loss=loss, accuracy=(logits.argmax(dim=1) == main_label).float().mean())
+            if last:
+                run.scaler.unscale_(optimizer)
+                grad_norm = clip_gradients(optimizer, cfg.clip_grad)
+                run.scaler.step(optimizer)  # optimizer.step(), unless fp16 gradients have overflowed
+                run.scaler.update()
+                optimizer.zero_grad()
+                run.record(lr=lr[step], grad_norm=grad_norm)
+                if average:
+                    update_average(average, model, cfg.ema_decay)
 
         evaluated = average or model
         figures = evaluate(run, evaluated, val_loader)
         if figures["top1"] > run.best:
             run.best = figures["top1"]
             run.save_model("best.pt", evaluated, val=figures)
-        run.end_epoch(epoch, train={}, val=figures)
-    run.finish()
+        run.end_epoch(epoch, figures)
 
 
 @torch.no_grad()
@@ -189,8 +192,7 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     The weights before the first step count too. (PyTorch's AveragedModel replaces them. To know whether a step is the
     first, it reads a counter from the device, so that the host has to wait in every step.)
     """
-    for mean, weight in zip(average.parameters(), model.parameters()):
-        mean.lerp_(weight, 1 - decay)
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
 def batch_mixer(cfg: FinetuneConfig, num_classes: int):
@@ -224,7 +226,7 @@ def evaluate(run: Run, model: nn.Module, loader, columns: Tensor | None = None) 
     for batch in loader:
         images, labels = (batch[key].to(run.device, non_blocking=True) for key in ("image", "label"))
         with run.autocast():
-            logits = model(data.normalize(data.to_unit(images)))
+            logits = model(normalize(to_unit(images)))
         logits = logits if columns is None else logits[:, columns]
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [B, 5]
@@ -242,33 +244,35 @@ def evaluate(run: Run, model: nn.Module, loader, columns: Tensor | None = None) 
 # measuring both vectors, with the head and without it (pretrain.head_layers=0), shows what patch aggregation gives.
 
 
-def open_backbone(run: Run) -> nn.Module:
-    """The frozen backbone with its final norm: normalised images [B, 3, S, S] -> tokens [B, T, D].
+def open_backbone(run: Run) -> tuple[VisionTransformer, Path | None]:
+    """The frozen backbone with its final norm: normalised images [B, 3, S, S] -> tokens [B, T, D]; and its checkpoint.
 
     No parameter gets a gradient, and nothing is random: an image always has the same features.
     """
     config = run.config
     model = VisionTransformer(**config.model.backbone(config.data.image_size))
-    run.source = load_weights(config, model)
-    return model.requires_grad_(False).eval().to(run.device)
+    source = load_weights(config, model)
+    return model.requires_grad_(False).eval().to(run.device), source
+
+
+def pooled(tokens: Tensor) -> dict[str, Tensor]:
+    """Normed tokens [B, T, D] -> one vector for each image, float32 [B, D], by the name of the pooling."""
+    return {name: pool(tokens.float()) for name, pool in POOLINGS.items()}
 
 
 @torch.no_grad()
-def extract_features(run: Run, tokens_of: Callable[[Tensor], Tensor], loader: Any,
-                     total: int) -> dict[str, Tensor]:
+def extract_features(run: Run, model: VisionTransformer, loader: Any, total: int) -> dict[str, Tensor]:
     """Frozen features of all images that the ranks' loaders deal out, in order, on every rank.
 
-    tokens_of   uint8 images [B, 3, S, S] -> normed tokens [B, T, D], [CLS] first
-    total       number of images over all ranks
-    returns     "cls" [total, D], "mean" of the patches [total, D], float32, and "labels" int64 [total]
+    total     number of images over all ranks
+    returns   those of each pooling, "cls" and "mean", float32 [total, D], and "labels" int64 [total]
     """
-    parts = {"cls": [], "mean": [], "labels": []}
+    parts: dict[str, list] = {}
     for batch in loader:
         with run.autocast():
-            tokens = tokens_of(batch["image"].to(run.device, non_blocking=True)).float()
-        parts["cls"].append(tokens[:, 0])
-        parts["mean"].append(tokens[:, 1:].mean(dim=1))
-        parts["labels"].append(batch["label"].to(run.device))
+            tokens = model.features(normalize(to_unit(batch["image"].to(run.device, non_blocking=True))))
+        for name, part in (pooled(tokens) | {"labels": batch["label"].to(run.device)}).items():
+            parts.setdefault(name, []).append(part)
     return {name: gather_in_order(torch.cat(part), total) for name, part in parts.items()}
 
 
@@ -294,10 +298,9 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Ten
     return hits / len(queries)
 
 
-def frozen_features(run: Run, model: nn.Module, dataset, strict=True) -> dict[str, Tensor]:
-    """Features of all images of a data set, resized and cropped as for validation; see extract_features."""
-    return extract_features(run, lambda images: model(data.normalize(data.to_unit(images))),
-                            open_val_loader(run, dataset, strict), len(dataset))
+def knn_figures(bank: dict[str, Tensor], queries: dict[str, Tensor], k: int = 20) -> dict[str, float]:
+    """knn_accuracy for each pooling: bank and queries are what extract_features gives."""
+    return {kind: knn_accuracy(bank[kind], bank["labels"], queries[kind], queries["labels"], k) for kind in POOLINGS}
 
 
 def knn(config) -> None:
@@ -307,17 +310,31 @@ def knn(config) -> None:
     tuned, so the figure is the same every time, and takes one pass over the images.
     """
     run = Run(stage_folder(config.finetune), config, config.finetune)
-    run.claim_folder(read_checkpoint)
+    run.claim_folder()
     train_set, val_set = open_datasets(config.data)
-    model = open_backbone(run)
-    bank, queries = frozen_features(run, model, train_set, strict=False), frozen_features(run, model, val_set)
-    figures = {kind: knn_accuracy(bank[kind], bank["labels"], queries[kind], queries["labels"],
-                                  config.finetune.knn_k) for kind in ("cls", "mean")}
-    run.write_alone(figures)
+    model, _ = open_backbone(run)
+    bank = extract_features(run, model, open_val_loader(run, train_set, strict=False), len(train_set))
+    queries = extract_features(run, model, open_val_loader(run, val_set), len(val_set))
+    run.write_alone(knn_figures(bank, queries, config.finetune.knn_k))
+
+
+def knn_pulse(run: Run, model: VisionTransformer, train_set, val_set, images: int) -> dict[str, float]:
+    """k-NN accuracy in [0,1] of the features of a model in training: a cheap look at what they know.
+
+    Nothing is trained for this, so the figure is honest at any moment. Labels are used only here, and the model never
+    sees them.
+
+    images   how many training images to compare with, evenly chosen
+    """
+    model.eval()
+    chosen = torch.linspace(0, len(train_set) - 1, min(images, len(train_set))).long().tolist()
+    bank = extract_features(run, model, open_val_loader(run, train_set, strict=False, indices=chosen), len(chosen))
+    queries = extract_features(run, model, open_val_loader(run, val_set), len(val_set))
+    return {f"knn_{kind}": value for kind, value in knn_figures(bank, queries).items()}
 
 
 class LinearProbes(nn.Module):
-    """One linear classifier for each feature ([CLS], mean patch) and learning rate, on features that BatchNorm scales.
+    """One linear classifier for each pooling ([CLS], mean patch) and learning rate, on features that BatchNorm scales.
 
     The numbers of a feature can be small in one backbone and large in another, and differ from channel to channel. SGD
     learns fast where they are large and hardly at all where they are small. So each backbone would need other learning
@@ -327,43 +344,24 @@ class LinearProbes(nn.Module):
 
     The best learning rate is not known beforehand. The features cost nearly all the time and are the same for all
     heads, so six rates cost hardly more than one.
+
+    widths   of the features, by pooling
     """
 
-    def __init__(self, dim: int, num_classes: int, num_lrs: int):
+    def __init__(self, widths: dict[str, int], num_classes: int, num_lrs: int):
         super().__init__()
-        self.norms = nn.ModuleDict({kind: nn.BatchNorm1d(dim, affine=False) for kind in ("cls", "mean")})
-        self.heads = nn.ModuleDict({kind: nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(num_lrs))
-                                    for kind in ("cls", "mean")})
-        for head in (*self.heads["cls"], *self.heads["mean"]):
-            nn.init.normal_(head.weight, std=0.01)
-            nn.init.zeros_(head.bias)
+        self.norms = nn.ModuleDict({kind: nn.BatchNorm1d(width, affine=False) for kind, width in widths.items()})
+        self.heads = nn.ModuleDict({kind: nn.ModuleList(nn.Linear(width, num_classes) for _ in range(num_lrs))
+                                    for kind, width in widths.items()})
+        for heads in self.heads.values():
+            for head in heads:
+                nn.init.normal_(head.weight, std=0.01)
+                nn.init.zeros_(head.bias)
 
-    def forward(self, features: dict[str, Tensor]) -> Tensor:
-        """Features [B, D] by kind -> logits [2 * learning rates, B, classes], [CLS] first."""
-        logits = []
-        for kind in ("cls", "mean"):
-            normed = self.norms[kind](features[kind])
-            logits += [head(normed) for head in self.heads[kind]]
-        return torch.stack(logits)
-
-
-@torch.no_grad()
-def pool(run: Run, backbone: nn.Module, images: Tensor) -> Tensor:
-    """uint8 images [B, 3, S, S] -> [CLS] and the mean of the patches, float32 [B, 2, D].
-
-    Without gradients: the backbone is frozen, and keeping its hidden states would only cost memory.
-    """
-    with run.autocast():
-        tokens = backbone(data.normalize(data.to_unit(images))).float()
-    return torch.stack([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)
-
-
-def cached_features(run: Run, backbone: nn.Module, crops: data.FixedCrops) -> Cache:
-    """`pool` of all training crops, computed once (see data.views): each epoch of the probes then takes seconds."""
-    about = dict(backbone=digest(backbone), precision=run.precision.name)
-    cache = Cache(cache_folder(run.config), "pooled", crops, about, (2, backbone.embed_dim), "float32")
-    return cache.fill(lambda batch: pool(run, backbone, batch["image"]), CACHE_BATCH, run.device,
-                      run.config.data.workers, "features of training crops")
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Features [B, D] by pooling -> logits [learning rates, B, classes] by pooling."""
+        return {kind: torch.stack([head(self.norms[kind](features[kind])) for head in heads])
+                for kind, heads in self.heads.items()}
 
 
 def linear_probe(config) -> None:
@@ -376,52 +374,58 @@ def linear_probe(config) -> None:
     the number of ranks. (BatchNorm alone, on each rank's part, would use the mean and deviation of a smaller batch.)
     """
     cfg = config.finetune
-    schedule = dataclasses.replace(cfg, epochs=cfg.probe_epochs)
-    run = Run(stage_folder(cfg), config, schedule)
+    run = Run(stage_folder(cfg), config, dataclasses.replace(cfg, epochs=cfg.probe_epochs, lr=1.0, min_lr=0.0,
+                                                             warmup_epochs=0))
     train_set, val_set = open_datasets(config.data)
-    backbone = open_backbone(run)
-    probes = LinearProbes(backbone.embed_dim, len(train_set.classes), len(cfg.probe_lrs)).to(run.device)
-    # Each learning rate has one group: the head on [CLS] and the one on the mean patch.
-    groups = [dict(params=[*cls.parameters(), *mean.parameters()], lr_scale=lr)
-              for cls, mean, lr in zip(probes.heads["cls"], probes.heads["mean"], cfg.probe_lrs)]
+    run.notes = {"classes": train_set.classes}
+    backbone, source = open_backbone(run)
+    widths = {kind: part.shape[1] for kind, part in pooled(torch.zeros(1, 2, backbone.embed_dim)).items()}
+    probes = LinearProbes(widths, len(train_set.classes), len(cfg.probe_lrs)).to(run.device)
+    # Each learning rate has one group: its head for each pooling.
+    groups = [dict(params=[p for head in heads for p in head.parameters()], lr_scale=rate)
+              for rate, *heads in zip(cfg.probe_lrs, *probes.heads.values())]
     # `fused`: with fp16, the device itself decides whether to skip a step. Else the host would wait for the answer.
     optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, fused=True)
 
-    view = data.TrainView(train_set, config.seed, config.data.image_size, cfg.crop_scale, views=config.data.views)
-    if cache_folder(config):
-        view.attached["pooled"] = cached_features(run, backbone, data.FixedCrops(view))
-    loader = TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
-    run.begin(loader, read_checkpoint, probes=probes, optimizer=optimizer)
-    lr = cosine_schedule(1.0, 0.0, schedule.epochs, run.steps_per_epoch, warmup_epochs=0)
-    val = frozen_features(run, backbone, val_set)
+    view = TrainView(train_set, config.seed, config.data.image_size, cfg.crop_scale, views=config.data.views)
+    run.begin(view, source, probes=probes, optimizer=optimizer)
+    lr = run.cosine_schedule()
+    # The backbone's features of a batch, side by side, float32 [B, sum of widths]: computed once where crops are fixed.
+    features_of = Frozen(run, lambda images: torch.cat([*pooled(backbone(normalize(images))).values()], dim=1), "pooled",
+                         view, [digest(backbone), *widths], "float32")
+    val = extract_features(run, backbone, open_val_loader(run, val_set), len(val_set))
 
     for epoch in run.epochs():
-        for micro_batches in run.steps(epoch):
-            set_lr(optimizer, lr[run.step])
-            probes.train()
-            parts = []
-            for batch in micro_batches:
-                pooled = batch["pooled"] if "pooled" in batch else pool(run, backbone, batch["image"])  # [B, 2, D]
-                parts.append((*pooled.unbind(1), batch["label"]))  # [b, D], [b, D], [b]
-            # All small batches of all ranks together: [B, D], [B, D], [B].
-            cls, mean, labels = (gather_in_order(torch.cat(part)) for part in zip(*parts))
-            losses = torch.stack([F.cross_entropy(logits, labels) for logits in probes(dict(cls=cls, mean=mean))])
-            # Each loss depends on one head only. So the gradient of the sum gives each head that of its own loss.
-            run.precision.scaler.scale(losses.sum()).backward()
-            run.record(loss=losses.min())
-            run.optimizer_step(optimizer)
+        probes.train()
+        parts = []
+        for step, batch, last in run.micro_batches(epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = lr[step] * group["lr_scale"]
+            parts.append((features_of(batch), batch["label"]))  # [b, widths], [b]
+            if last:
+                # All micro-batches of all ranks together.
+                features, labels = (gather_in_order(torch.cat(part)) for part in zip(*parts))
+                parts.clear()
+                logits = probes(dict(zip(widths, features.split([*widths.values()], dim=1))))
+                losses = torch.stack([F.cross_entropy(each, labels) for kind in logits.values() for each in kind])
+                # Each loss depends on one head only. So the gradient of the sum gives each head that of its own loss.
+                run.scaler.scale(losses.sum()).backward()
+                run.scaler.unscale_(optimizer)
+                grad_norm = clip_gradients(optimizer, cfg.clip_grad)
+                run.scaler.step(optimizer)
+                run.scaler.update()
+                optimizer.zero_grad()
+                run.record(loss=losses.min(), lr=lr[step], grad_norm=grad_norm)
 
         probes.eval()
-        with torch.no_grad():
-            hits = [(logits.argmax(dim=1) == val["labels"]).float().mean().item() for logits in probes(val)]
-        # The best rate is chosen on the validation images themselves, as is usual for linear probes. The figure is
-        # therefore a little too good, for the untrained backbone as well.
         figures = {}
-        for kind, scores in (("cls", hits[:len(cfg.probe_lrs)]), ("mean", hits[len(cfg.probe_lrs):])):
-            figures[kind] = max(scores)
-            figures[f"{kind}_lr"] = cfg.probe_lrs[scores.index(max(scores))]
-        run.end_epoch(epoch, train={}, val=figures)
-    run.finish()
+        with torch.no_grad():
+            for kind, logits in probes(val).items():
+                hits = (logits.argmax(dim=-1) == val["labels"]).float().mean(dim=1).tolist()  # one for each rate
+                # The best rate is chosen on the validation images themselves, as is usual for linear probes. The figure
+                # is therefore a little too good, for the untrained backbone as well.
+                figures |= {kind: max(hits), f"{kind}_lr": cfg.probe_lrs[hits.index(max(hits))]}
+        run.end_epoch(epoch, figures)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -492,10 +496,10 @@ def load_weights(config, model: nn.Module, classes: list[str] | None = None) -> 
     return path
 
 
-def open_val_loader(run: Run, dataset, strict=True) -> ValLoader:
-    """Validation batches of a data set: resized, cropped in the centre, nothing random."""
-    view = data.ValView(dataset, run.config.data.image_size, strict)
-    return ValLoader(view, run.device_batch, workers=run.config.data.workers)
+def open_val_loader(run: Run, dataset, strict=True, indices=None) -> ValLoader:
+    """Validation batches of a data set, or of its images `indices`: resized, cropped in the centre, nothing random."""
+    view = ValView(dataset, run.config.data.image_size, strict)
+    return ValLoader(view, run.device_batch, workers=run.config.data.workers, indices=indices)
 
 
 def report(config) -> None:

@@ -6,18 +6,28 @@
 
 We hide about 40 % of the patches of an image, in rectangular blocks: a learned vector, the mask token, takes the place of
 each. The network that we train is a Vision Transformer; here it is also called the *student*. It gets all N places of the
-image, but nothing of what was in the hidden ones. For each of these it must name the code that the tokenizer of stage 1
-gives to the patch. The tokenizer sees the whole image.
+image, but nothing of what was in the hidden ones. For each of these it must give the id of the code that the tokenizer of
+stage 1 finds in the patch. The tokenizer sees the whole image.
 
-The codes are predicted twice. The first prediction reads the student's last layer, at the hidden place. The second one
+The ids are predicted twice. The first prediction reads the student's last layer, at the hidden place. The second one
 comes from the aggregation head, a small transformer that is thrown away afterwards. It reads the final [CLS] token beside
 the patch tokens of an early layer l (at a hidden place: what has become of the mask token by then). Both are scored in
 the same way:
 
-    loss = - mean over hidden patches i of  [ log p(code_i | visible patches) + log p(code_i | [CLS], early patches) ]
+    loss = - mean over hidden patches i of  [ log p(id_i | visible patches) + log p(id_i | [CLS], early patches) ]
 
 Why codes and not pixels? A network that must paint pixels spends its strength on textures. A code stands for what a
 teacher such as CLIP sees in the patch, so naming it asks what the hidden part *is*.
+
+One image of 224 pixels on its way through the paper's base model:
+
+    image                                     [3, 224, 224]
+    ids of all patches, from the tokenizer    [196]           only those of the 75 hidden patches are asked for
+    [CLS] and 14 x 14 patches, 75 hidden      [197, 768]      a transformer of 12 blocks; all 197 tokens run through it
+    at the hidden places, after block 12      [75, 768]
+    prediction 1                              [75, 8192]      final norm and output layer
+    final [CLS], patches after block 9        [197, 768]      the aggregation head, 2 blocks
+    prediction 2                              [75, 8192]      the same norm and output layer, at the hidden places
 
 Writes OUTPUT_DIR/pretrain/{last.pt, metrics.jsonl, config.yaml, epoch-NN.png}.
 """
@@ -25,23 +35,19 @@ Writes OUTPUT_DIR/pretrain/{last.pt, metrics.jsonl, config.yaml, epoch-NN.png}.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-import data
-import tokenizer as vqkd
-from beitv2 import MaskedImageModel, ModelConfig, ModelError, masked_positions, parameter_groups, read_checkpoint
-from finetune import extract_features, knn_accuracy
+from beitv2 import MaskedImageModel, ModelConfig, ModelError, masked_positions, score, take
+from data import DataConfig, TrainView, jittered, normalize
+from finetune import knn_pulse
 from support.datasets import open_datasets
 from support.errors import UserError
-from support.files import stage_checkpoint
-from support.frozen import cache_folder
 from support.launch import launch
-from support.loaders import TrainLoader, ValLoader
-from support.optimizers import cosine_schedule, make_optimizer, set_lr
+from support.optimizers import clip_gradients, make_optimizer
 from support.options import Amount, Beta, Count, Natural, Share, TrainConfig, load_config
 from support.pictures import paint_epoch
 from support.run import Run
+from tokenizer import TokenizerConfig, load_tokenizer
 
 
 @dataclass
@@ -61,93 +67,95 @@ class PretrainConfig(TrainConfig):
     min_block: Natural = 16  # patches in the smallest block; 0: no blocks, single patches
     early_layers: Natural = 9  # l: the aggregation head sees the patches after this layer; the first layer is 1
     head_layers: Natural = 2  # transformer blocks of the aggregation head; 0: no such head
-    shared_lm_head: bool = True  # both predictions through the same norm and output layer
+    shared_lm_head: bool = True  # both predictions through the same norm and output layer; false: two of each
     crop_scale: tuple[Share, Share] = (0.2, 1.0)  # area of the random crop over that of the image
     jitter: Amount = 0.4  # strength of the colour jitter
     knn_every: Natural = 10  # a k-NN measurement after so many epochs, and after the last; 0: never
     knn_images: Count = 20000  # training images that the k-NN compares with, evenly chosen
 
 
-SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "tokenizer": vqkd.TokenizerConfig,
-            "pretrain": PretrainConfig}
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Act 1. The training loop (section 2.3, equation 3)
+SECTIONS = {"data": DataConfig, "model": ModelConfig, "tokenizer": TokenizerConfig, "pretrain": PretrainConfig}
 
 
 def main() -> None:
-    config = load_config(SECTIONS)
+    train(load_config(SECTIONS))
+
+
+def train(config) -> None:
     cfg, size = config.pretrain, config.data.image_size
     check_blocks(cfg, size // config.model.patch_size)
-    run = Run("pretrain", config, cfg)
+    run = Run("pretrain", config, cfg)  # knows processes, devices, the log and checkpoints: nothing of the method
 
     # The tokenizer is frozen. It plays the part that labels play in supervised learning, but no person made them.
-    # Only `model`, the student, learns. `parallel` is the same model, compiled and synchronised between processes if
-    # asked for. `run` (Run) knows processes, devices, the log and checkpoints; none of that changes the method.
-    train_set, val_set = open_datasets(config.data)
-    run.source = stage_checkpoint(config, "tokenizer", cfg.tokenizer_weights, "pretrain.tokenizer_weights")
-    tokenizer = vqkd.load_tokenizer(config, run.source).to(run.device)
-    model = build_model(config).to(run.device)
-    parallel = run.prepare(model)
-    optimizer = make_optimizer(parameter_groups(model, cfg.weight_decay), cfg)
+    tokenizer, source = load_tokenizer(config, cfg.tokenizer_weights, "pretrain.tokenizer_weights")
 
     # Each training sample brings its crop, the factors of its colour jitter, and its mask (data.block_mask).
-    view = data.TrainView(train_set, config.seed, size, cfg.crop_scale, cfg.jitter, cfg.num_masked, model.grid,
-                          cfg.min_block, views=config.data.views)
-    if cache_folder(config):  # with a fixed number of crops, the tokenizer sees each crop only once
-        view.attached["codes"] = vqkd.cached_codes(run, tokenizer, view)
-    loader = TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
-    run.begin(loader, read_checkpoint, model=model, optimizer=optimizer)
-    lr = cosine_schedule(cfg.lr, cfg.min_lr, cfg.epochs, run.steps_per_epoch, cfg.warmup_epochs)
+    train_set, val_set = open_datasets(config.data)
+    view = TrainView(train_set, config.seed, size, cfg.crop_scale, cfg.jitter, cfg.num_masked,
+                     size // config.model.patch_size, cfg.min_block, views=config.data.views)
+
+    # Only the student learns. `student` is the same model as `model`, compiled and synchronised between processes if
+    # asked for.
+    model = build_model(config, tokenizer.num_ids)
+    optimizer = make_optimizer(model, cfg)
+    example = torch.zeros(1, 3, size, size), torch.zeros(1, cfg.num_masked, dtype=torch.int64)
+    student = run.begin(view, source, example, model=model, optimizer=optimizer)
+    lr = run.cosine_schedule()
+    targets_of = tokenizer.targets(run, view)
 
     for epoch in run.epochs():
-        parallel.train()
-        # One turn of this loop is one optimizer step over `batch_size` images. They are spread over all processes.
-        # If a process cannot hold its share at once, it takes it in several micro-batches and adds the gradients up.
-        for micro_batches in run.steps(epoch):
-            set_lr(optimizer, lr[run.step])
-            for batch in micro_batches:
-                # 1. The pixels. Random colours are augmentation, as the random crop: no image looks the same twice.
-                images = data.to_unit(batch["image"])  # [B, 3, S, S] in [0,1]
-                if cfg.jitter > 0:
-                    images = data.color_jitter(images, batch["jitter"])
+        student.train()
+        # One optimizer step looks at `batch_size` images, spread over all processes. If a process cannot hold its share
+        # at once, it takes it in several micro-batches and adds the gradients up; `last` is true for the last of them.
+        for step, batch, last in run.micro_batches(epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = lr[step] * group["lr_scale"]
 
-                # 2. The mask, as positions of hidden patches. Every image has the same number M of them. So all shapes
-                #    are known before the step, and a compiled model never has to wait for a count.
-                masked = masked_positions(batch["mask"], cfg.num_masked)  # [B, M], each in 0 .. N-1
+            # 1. The pixels. Random colours are augmentation, like the random crop: no image looks the same twice.
+            images = jittered(batch)  # [B, 3, S, S] in [0,1]
 
-                with run.autocast():
-                    # 3. The question. The tokenizer sees the whole image and names the code of each patch. We ask only
-                    #    about the hidden ones: a visible patch could be named by looking at it, and would teach little.
-                    codes = codes_of(tokenizer, batch, images, config.data.views)  # [B, N], each in 0 .. K-1
-                    codes = codes.gather(1, masked)  # [B, M]
+            # 2. The mask, as positions of hidden patches. Every image has the same number M of them. So all shapes are
+            #    known before the step, and a compiled model never has to wait for a count.
+            masked = masked_positions(batch["mask"], cfg.num_masked)  # [B, M], each in 0 .. N-1
 
-                    # 4. Both predictions. The student gets ImageNet's normalisation, which fine-tuning will use too.
-                    #    (The tokenizer got [0,1], which VQKD.encode scales as in its own training.)
-                    logits, head_logits = parallel(data.normalize(images), masked)  # [B, M, K] each
+            # 3. The question. The tokenizer sees the whole image and names the code of each patch. We ask only about the
+            #    hidden ones: a visible patch could be named by looking at it, and would teach little.
+            targets = take(targets_of(batch, images), masked)  # ids [B, M], each in 0 .. K-1
 
-                # 5. The score: a classification among K codes for each hidden patch. Accuracy is low even at the end
-                #    (about 16 % for the paper's large model). Many codes fit a hidden patch, and only one is right.
-                loss, accuracy = cross_entropy(logits, codes)
-                run.record(mim_loss=loss, mim_accuracy=accuracy)
+            # 4. Both predictions. The student gets ImageNet's normalisation, which fine-tuning will use too. (The
+            #    tokenizer got [0,1], which VQKD.encode scales as in its own training.)
+            with run.autocast():
+                predictions = student(normalize(images), masked)  # "mim" and "cls": logits [B, M, K]
 
-                # 6. The same score for the second prediction, with the same weight. Its gradient reaches the last
-                #    layers only through [CLS]. This is what makes [CLS] a summary of the image (see MaskedImageModel).
-                if head_logits is not None:
-                    head_loss, head_accuracy = cross_entropy(head_logits, codes)
-                    run.record(cls_loss=head_loss, cls_accuracy=head_accuracy)
-                    loss = loss + head_loss
-                run.record(loss=loss)
-                run.backward(loss)  # adds to the gradients; the last micro-batch averages them over processes
-            run.optimizer_step(optimizer)  # clip the gradients, step, clear
+            # 5. The score: a classification among K ids for each hidden patch, for both predictions with the same weight.
+            #    The gradient of "cls" reaches the last layers only through [CLS]: that shall make [CLS] a summary of the
+            #    image (see MaskedImageModel). Accuracy is low even at the end (about 16 % for the paper's large model):
+            #    many codes fit a hidden patch, and only one is right.
+            loss = 0.0
+            for name, logits in predictions.items():
+                part, hits = score(logits, targets)
+                loss = loss + part
+                run.record(**{f"{name}_loss": part, f"{name}_accuracy": hits.float().mean()})
+            run.record(loss=loss)
 
-        # Loss and accuracy tell how well codes are guessed, not whether the features are of use. k-NN does.
-        paint_epoch(run, model, tokenizer, val_set, epoch)
-        last = epoch + 1 == cfg.epochs
-        pulse = cfg.knn_every and ((epoch + 1) % cfg.knn_every == 0 or last)
-        run.end_epoch(epoch, train={}, val=knn_pulse(run, model, train_set, val_set) if pulse else {})
-    run.finish()
+            # 6. The step. The gradients of micro-batches add up; those of processes are averaged by the last one.
+            run.backward(loss)
+            if last:
+                run.scaler.unscale_(optimizer)
+                grad_norm = clip_gradients(optimizer, cfg.clip_grad)
+                run.scaler.step(optimizer)  # optimizer.step(), unless fp16 gradients have overflowed
+                run.scaler.update()
+                optimizer.zero_grad()
+                run.record(lr=lr[step], grad_norm=grad_norm)
+
+        run.end_epoch(epoch, measure(run, model, tokenizer, train_set, val_set, epoch))
+
+
+def build_model(config, num_ids: int) -> MaskedImageModel:
+    """The student that the sections `model`, `pretrain` and `data` describe, for a codebook of K = `num_ids` codes."""
+    cfg = config.pretrain
+    return MaskedImageModel(num_ids, cfg.early_layers, cfg.head_layers, cfg.shared_lm_head, cfg.drop_path,
+                            **config.model.backbone(config.data.image_size, tables="shared"))
 
 
 def check_blocks(cfg: PretrainConfig, grid: int) -> None:
@@ -158,60 +166,15 @@ def check_blocks(cfg: PretrainConfig, grid: int) -> None:
                         f"x {grid} patches no block can have more than {largest}: lower pretrain.min_block")
 
 
-def codes_of(tokenizer: nn.Module, batch: dict, images: torch.Tensor, views: int) -> torch.Tensor:
-    """The codes of a batch, int64 [B, N]: from the cache, if the batch brings them, or from the tokenizer.
-
-    images   the batch after colour jitter, [B, 3, S, S] in [0,1]
-
-    The paper's way: student and tokenizer see the same jittered pixels. With fixed views (`data.views`, not in the
-    paper) a crop has one row of codes for the whole run, but a new jitter in each epoch. So the tokenizer then sees the
-    crop without jitter.
-    """
-    if "codes" in batch:
-        return batch["codes"].long()
-    return tokenizer.token_ids(data.to_unit(batch["image"]) if views else images)
-
-
-def build_model(config) -> MaskedImageModel:
-    """The model that the sections `model`, `pretrain` and `data` describe."""
-    cfg = config.pretrain
-    return MaskedImageModel(config.tokenizer.codebook_size, cfg.early_layers, cfg.head_layers, cfg.shared_lm_head,
-                            cfg.drop_path, **config.model.backbone(config.data.image_size, tables="shared"))
-
-
-def cross_entropy(logits: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and accuracy in [0,1] of logits [B, M, K] against codes [B, M]: equation 3, a mean over hidden patches.
-
-    The mean keeps the loss the same size for any number of hidden patches. In fp32: with 8192 codes, the sum inside
-    the softmax would lose its small terms in half precision.
-    """
-    loss = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
-    return loss, (logits.argmax(dim=-1) == codes).float().mean()
-
-
-@torch.no_grad()
-def knn_pulse(run: Run, model: MaskedImageModel, train_set, val_set) -> dict[str, float]:
-    """k-NN accuracy in [0,1] of the frozen [CLS] and of the mean patch: a cheap look at what the features know.
-
-    An image gets the class of those training images whose features are nearest. Nothing is trained for this, so the
-    figure is honest at any moment. Labels are used only here, and the model never sees them.
-    """
-    model.eval()
-    config = run.config
-    chosen = torch.linspace(0, len(train_set) - 1, min(config.pretrain.knn_images, len(train_set))).long().tolist()
-    features = []
-    for dataset, indices in ((train_set, chosen), (val_set, range(len(val_set)))):
-        view = data.ValView(dataset, config.data.image_size, strict=dataset is val_set)
-        loader = ValLoader(view, run.device_batch, workers=config.data.workers, indices=indices)
-        features.append(extract_features(
-            run, lambda images: model.features(data.normalize(data.to_unit(images))), loader, len(indices)))
-    bank, queries = features
-    return {f"knn_{kind}": knn_accuracy(bank[kind], bank["labels"], queries[kind], queries["labels"])
-            for kind in ("cls", "mean")}
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Act 2. A small picture of each epoch (a reader of the method may skip this)
+def measure(run: Run, model: MaskedImageModel, tokenizer: nn.Module, train_set, val_set, epoch: int) -> dict[str, float]:
+    """After an epoch: a small picture, and now and then k-NN. Loss and accuracy tell how well ids are guessed, not
+    whether the features are useful; k-NN tells."""
+    cfg = run.config.pretrain
+    paint_epoch(run, model, tokenizer, val_set, epoch)
+    last = epoch + 1 == cfg.epochs
+    if cfg.knn_every and train_set.classes and ((epoch + 1) % cfg.knn_every == 0 or last):
+        return knn_pulse(run, model, train_set, val_set, cfg.knn_images)
+    return {}
 
 
 if __name__ == "__main__":

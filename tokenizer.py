@@ -3,51 +3,61 @@
     torchrun tokenizer.py configs/demo.yaml                                  # one process, CPU or GPU
     torchrun --nproc-per-node 8 tokenizer.py configs/base.yaml               # eight GPUs of one machine
     torchrun tokenizer.py configs/imagenette.yaml tokenizer.codebook_size=1024
-    torchrun tokenizer.py configs/demo.yaml tokenizer.mode=encode tokenizer.images=PHOTO_OR_FOLDER   # print their codes
+    torchrun tokenizer.py configs/demo.yaml tokenizer.mode=encode tokenizer.images=PHOTO_OR_FOLDER   # print their ids
 
     image -> encoder -> z, one vector per patch -> the nearest code of the codebook -> decoder -> teacher's features
 
 Masked image modeling needs something to predict. Pixels ask for every texture. Words would be better, but images have
 none. So we make some: a codebook of K vectors, the codes, which the tokenizer learns to use as words for patches.
 
-A code has a vector, its row of the codebook, and a number from 0 to K-1. In this file `codes` are the vectors, D = 32
-numbers each, and `ids` are the numbers, which are all that stage 2 needs. (The width of a network is called width here.)
+A *code* is a vector of the codebook. Its *id* is its number there, 0 to K-1, and all that stage 2 needs. C is the width of
+the codebook: a code has C numbers, 32 in the paper. (The width of a network is D, as in beitv2.py.)
 
 What makes a good word? The decoder sees nothing but codes, and from them it must say what a frozen teacher such as
 CLIP sees in each patch. So a code must keep what the teacher finds worth knowing: parts, objects, meanings. If the
 decoder had to paint the pixels instead, the codes would keep colours and edges.
 
-This file tells it in order. Act 1: the teachers, whose features are the target. Act 2: the quantizer, which replaces a
-vector by its nearest code. Act 3: the model around it. Act 4: the training loop. Act 5: what else one can do with it.
+One image of 224 pixels on its way through the paper's base tokenizer:
+
+    image                                [3, 224, 224]
+    14 x 14 patches, encoded             [196, 768]     a transformer of 12 blocks
+    z, from the encoder's width down     [196, 32]      encode_task_layer
+    ids of the nearest codes             [196]          the result, when the training is over
+    the codes themselves                 [196, 32]      a grid [32, 14, 14]: an "image" of 14 x 14 pixels
+    up to the decoder's width            [196, 768]     the decoder's patch embedding, patches of 1 x 1 "pixel"
+    what the decoder predicts            [196, 512]     3 blocks, then decode_task_layer
+    what the teacher says                [196, 512]     CLIP ViT-B/16, frozen: the target
+
+This file tells it in order. Act 1: the quantizer, which replaces a vector by its nearest code. Act 2: the model around it.
+Act 3: the training loop. Act 4: whether the codes are alive and mean anything. The teachers are in support/teachers.py.
 Writes OUTPUT_DIR/tokenizer/{last.pt, metrics.jsonl, config.yaml}.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Callable, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import data
-import finetune
-from beitv2 import (ModelConfig, ModelError, VisionTransformer, dimensions, init_weights, load_pretrained,
-                    model_state, parameter_groups, read_checkpoint, read_model)
+from beitv2 import (ModelConfig, ModelError, VisionTransformer, dimensions, init_weights, load_pretrained, model_state,
+                    read_checkpoint, saved_section)
+from data import DataConfig, TrainView, ValView, to_unit
+from finetune import knn_accuracy
+from support import teacher_codes, use
 from support.datasets import open_datasets
 from support.errors import UserError
-from support.files import say_if_unfinished
-from support.frozen import CACHE_BATCH, Cache, cache_folder, digest
+from support.files import say_if_unfinished, stage_checkpoint
+from support.frozen import Frozen, digest
 from support.launch import launch
-from support.loaders import TrainLoader, ValLoader
-from support.optimizers import cosine_schedule, make_optimizer, set_lr
+from support.loaders import ValLoader
+from support.optimizers import clip_gradients, make_optimizer
 from support.options import Amount, Beta, Count, Natural, Share, TrainConfig, load_config
 from support.processes import all_reduce_sum, gather_in_order, say, world_size
 from support.run import Run
-from support.teacher_codes import TeacherTokenizer, cluster_features
-from support.teachers import open_teacher
-from support.use import encode
+from support.teachers import about_teacher, open_teacher
 
 
 @dataclass
@@ -76,7 +86,7 @@ class TokenizerConfig(TrainConfig):
     init_std: Annotated[float, 0.001, 1.0] = 0.02  # of the initial weights; narrow models learn faster with more
     decoder_depth: Count = 3  # blocks of the decoder: shallow, so that the codes must do the work
     codebook_size: Annotated[int, 2, math.inf] = 8192  # K
-    codebook_dim: Count = 32  # D, how many numbers a code's vector has: few, or most codes are never used
+    codebook_dim: Count = 32  # C, how many numbers a code has: few, or most codes are never used
     ema_decay: Share = 0.99  # of the codebook's moving average; short runs want .95
     commitment_beta: Amount = 1.0  # weight of the commitment loss
     kmeans_init: bool = True  # start from k-means over the first batch's vectors
@@ -86,45 +96,37 @@ class TokenizerConfig(TrainConfig):
     knn_images: Natural = 2000  # training images, evenly chosen, that bag_knn compares with; 0: no bag_knn
 
 
-SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "tokenizer": TokenizerConfig}
+SECTIONS = {"data": DataConfig, "model": ModelConfig, "tokenizer": TokenizerConfig}
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Act 1. The teachers: frozen, and behind one small interface
-#
-# A teacher decides what the codes are about. What it tells apart, the codes must tell apart. What looks alike to it
-# may share a code. CLIP was trained to match images with sentences, so its features are about things that people name.
-# HOG sees edges, and its codes are about edges. A teacher is any module with `output_dim` that maps images in [0,1],
-# [B, 3, S, S], to one feature for each patch, [B, N, output_dim].
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Act 2. The quantizer: the nearest of K codes, and how the codes follow
+# Act 1. The quantizer: the nearest of K codes, and how the codes follow
 
 
 class Quantizer(nn.Module):
-    """The codebook: K codes, which are vectors of length 1 and dimension D (section 2.2).
+    """The codebook: K codes, which are vectors of length 1 with C numbers (section 2.2).
 
     Four ideas meet here.
 
-    Low dimension. D is 32, while the encoder is hundreds wide. In a high dimension a few codes lie near to everything
-    and take all the hits, and the others are never used. The paper found D = 32 to use nearly all of 8192 codes.
+    Low dimension. C is 32, while the encoder is hundreds wide. In a high dimension a few codes lie near to everything
+    and take all the hits, and the others are never used. So says the paper, which uses nearly all of 8192 codes with
+    C = 32. (Our small codebooks, of 256 codes, are used alike with 8, 32 and 192 numbers: docs/ablations.md.)
 
     Length 1. Both z and the codes are scaled to length 1, so the nearest code is the one with the highest cosine. If
     lengths were free, a code could win or lose by its length alone.
 
-    No gradient. The codes are no trained parameters. Each code moves towards the mean of the vectors that chose it, by
+    No gradient. The optimizer does not train the codes. Each code moves towards the mean of the vectors that chose it, by
     an exponential moving average. This is k-means, a little in each step. It needs no learning rate, and a code moves
     only when it is used. (Other VQ-VAEs also average the number of hits, so that many hits move a code further than few.
     Here, as published, one hit moves it as far as a thousand.)
 
     Dead codes. A code that nothing chooses has no mean to move to. It stays where it is, while the vectors move on with
     the encoder, so it will never be chosen again. `revive_below` puts such codes back among the vectors of the batch. It
-    is not in the paper, and off unless asked for: at a first reading pass over `seen`, `latest` and `remember`.
+    is not in the paper, and off unless asked for: skip `seen`, `latest` and `remember` when you read this first.
 
     Everything here is in float32: in half precision, neighbouring codes fall together.
 
-    embedding.weight    [K, D], the codes, of length 1
+    embedding.weight    [K, C], the codes, of length 1
     running_count       [K], an average of hits per optimizer step, by which dead codes are found
     """
 
@@ -137,21 +139,21 @@ class Quantizer(nn.Module):
         self.register_buffer("running_count", torch.ones(codebook_size))
         self.register_buffer("counts", torch.zeros(codebook_size), persistent=False)  # hits since the last update
         self.register_buffer("sums", torch.zeros(codebook_size, codebook_dim), persistent=False)  # and what hit
-        self.seen: list[Tensor] = []  # l2(z) [B, N, D] of each batch since the last update, to revive dead codes from
-        self.latest: Tensor | None = None  # l2(z) [B, N, D] of the last batch, for `remember`
+        self.seen: list[Tensor] = []  # l2(z) [B, N, C] of each batch since the last update, to revive dead codes from
+        self.latest: Tensor | None = None  # l2(z) [B, N, C] of the last batch, for `remember`
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Replace each vector by its nearest code.
 
-        z        [B, N, D], any length
-        returns  codes float32 [B, N, D] whose gradient is handed to l2(z) as it is; ids int64 [B, N]; commitment loss,
+        z        [B, N, C], any length
+        returns  codes float32 [B, N, C] whose gradient is handed to l2(z) as it is; ids int64 [B, N]; commitment loss,
                  commitment_beta included
         """
         with torch.autocast(z.device.type, enabled=False):
-            z = F.normalize(z.float(), dim=-1)  # [B, N, D], on the unit sphere
+            z = F.normalize(z.float(), dim=-1)  # [B, N, C], on the unit sphere
             # Equation 1. `detach`: the choice of the nearest code is a jump, and a jump has no gradient.
             ids = nearest_code(z.detach().flatten(0, 1), self.embedding.weight).view(z.shape[:2])  # [B, N]
-            codes = self.embedding(ids)  # [B, N, D]
+            codes = self.embedding(ids)  # [B, N, C]
             if self.training:
                 self.count(z.detach(), ids)
             # The commitment loss pulls z towards its code. Without it, z may run away faster than the codes can follow.
@@ -168,7 +170,7 @@ class Quantizer(nn.Module):
     def count(self, z: Tensor, ids: Tensor) -> None:
         """Add what hit each code to `counts` and `sums`; if `revive_below` > 0, keep z as `latest`.
 
-        z is l2(z), detached, [B, N, D]; ids [B, N]. The published code builds an N x K one-hot matrix instead.
+        z is l2(z), detached, [B, N, C]; ids [B, N]. The published code builds an N x K one-hot matrix instead.
         """
         self.counts.index_add_(0, ids.flatten(), torch.ones_like(ids.flatten(), dtype=torch.float32))
         self.sums.index_add_(0, ids.flatten(), z.flatten(0, 1))
@@ -223,7 +225,7 @@ class Quantizer(nn.Module):
     def init_from(self, z: Tensor, seed: int, iterations: int = 10) -> None:
         """k-means on the sphere over the vectors z, in the same global order on every rank.
 
-        z [n, D], of any length, is scaled to length 1 first, in float32.
+        z [n, C], of any length, is scaled to length 1 first, in float32.
 
         Random codes would lie anywhere on the sphere. But the vectors of an untrained encoder lie in one small region
         of it, so nearly all would choose the same few codes. k-means puts the codes where the vectors are.
@@ -242,7 +244,7 @@ class Quantizer(nn.Module):
 
 
 def nearest_code(z: Tensor, codebook: Tensor, chunk: int = 16384) -> Tensor:
-    """Index of the code nearest to each row of z [n, D]: int64 [n]. In chunks, so that n x K need not fit in memory."""
+    """Id of the code nearest to each row of z [n, C]: int64 [n]. In chunks, so that n x K need not fit in memory."""
     offset = codebook.square().sum(dim=1)  # |z - w|^2 = |z|^2 - 2 z.w + |w|^2, and |z|^2 does not matter
     return torch.cat([torch.addmm(offset, part, codebook.T, alpha=-2).argmin(dim=1) for part in z.split(chunk)])
 
@@ -285,7 +287,7 @@ def perplexity(counts: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Act 3. The model
+# Act 2. The model
 
 
 class PatchTransformer(VisionTransformer):
@@ -321,15 +323,16 @@ class VQKD(nn.Module):
         super().__init__()
         encoder, decoder = encoder | dict(init_std=init_std), decoder | dict(init_std=init_std)
         self.encoder = PatchTransformer(image_size=image_size, patch_size=patch_size, **encoder)
-        # The decoder's "image" is the grid of codes, each a patch of one "pixel" with D channels.
+        # The decoder's "image" is the grid of codes, each a patch of one "pixel" with C channels. So its patch embedding, a
+        # convolution of 1 x 1, is what lifts the C numbers of a code back to the decoder's width.
         self.grid, self.patch_size = self.encoder.grid, patch_size
         self.decoder = PatchTransformer(image_size=self.grid, patch_size=1, in_channels=codebook_dim, **decoder)
-        # Weights in the order in which this "image" lies in memory, pixel after pixel, as their gradients will be: DDP warns
-        # where the two differ.
+        # Its weights in the order in which this "image" lies in memory, pixel after pixel, as their gradients will be: DDP
+        # warns where the two differ.
         proj = self.decoder.patch_embed.proj
         proj.weight = nn.Parameter(proj.weight.detach().clone(memory_format=torch.channels_last))
         width, decoder_width = encoder["embed_dim"], decoder["embed_dim"]
-        # Two small networks change the width, from the encoder's to D and from the decoder's to the teacher's.
+        # Two small networks change the width, from the encoder's to C and from the decoder's to the teacher's.
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, codebook_dim))
         self.decode_task_layer = nn.Sequential(nn.Linear(decoder_width, decoder_width), nn.Tanh(),
                                                nn.Linear(decoder_width, teacher_dim))
@@ -337,20 +340,34 @@ class VQKD(nn.Module):
         init_weights(self.decode_task_layer, truncate_at=2.0, std=init_std)
         self.quantize = Quantizer(codebook_size, codebook_dim, ema_decay, commitment_beta, revive_below)
 
+    @property
+    def vectors(self) -> Tensor:
+        """The codebook, float32 [K, C]."""
+        return self.quantize.embedding.weight
+
+    @property
+    def num_ids(self) -> int:
+        """K."""
+        return len(self.vectors)
+
     def encode(self, images: Tensor) -> Tensor:
-        """Images in [0,1], [B, 3, S, S] -> z, one vector per patch before quantization, float32 [B, N, D]."""
+        """Images in [0,1], [B, 3, S, S] -> z, one vector per patch before quantization, float32 [B, N, C]."""
         features = self.encoder(images * 2 - 1)  # [B, N, width]; the published tokenizer was trained on [-1, 1]
         with torch.autocast(images.device.type, enabled=False):  # fp32: a small error in z may choose another code
-            return self.encode_task_layer(features.float())  # [B, N, D], from the encoder's width down to D
+            return self.encode_task_layer(features.float())  # [B, N, C], from the encoder's width down to C
 
     @torch.no_grad()
     def token_ids(self, images: Tensor) -> Tensor:
-        """Images in [0,1], [B, 3, S, S] -> the code of each patch, row by row, int64 [B, N]: what stage 2 predicts."""
+        """Images in [0,1], [B, 3, S, S] -> the id of each patch's code, row by row, int64 [B, N]: what stage 2 predicts."""
         return self.quantize(self.encode(images))[1]
 
+    def targets(self, run: Run, view: TrainView) -> Frozen:
+        """`token_ids` for the training loop of stage 2: targets(run, view)(batch, images) -> int64 [B, N]."""
+        return Frozen(run, self.to(run.device).token_ids, "ids", view, digest(self), "int32")
+
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [B, N, D] -> predicted teacher features [B, N, teacher_dim]."""
-        grid = codes.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # [B, D, grid, grid]
+        """Codes [B, N, C] -> predicted teacher features [B, N, teacher_dim]."""
+        grid = codes.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # [B, C, grid, grid]
         # The decoder is a transformer too, so it reads the codes together: a word's meaning depends on its neighbours.
         return self.decode_task_layer(self.decoder(grid))
 
@@ -377,38 +394,41 @@ def build_vqkd(config, teacher_dim: int) -> VQKD:
                 c.init_std)
 
 
-def build_teacher_tokenizer(config, teacher: nn.Module) -> TeacherTokenizer:
-    c = config.tokenizer
-    return TeacherTokenizer(teacher, config.data.image_size // config.model.patch_size, Quantizer(c.codebook_size, teacher.output_dim))
+def load_tokenizer(config, given: str, key: str) -> "tuple[VQKD | teacher_codes.TeacherTokenizer, Path]":
+    """The trained tokenizer, frozen, and the path of its checkpoint.
 
+    given   path or URL; empty: OUTPUT_DIR/tokenizer/last.pt. `key` is the option that gives it
 
-def load_tokenizer(config, path: Path) -> "VQKD | TeacherTokenizer":
-    """The trained tokenizer of a checkpoint, frozen."""
-    content = read_model(path, "tokenizer", config.tokenizer)
-    if config.tokenizer.encoder == "teacher":
-        model = build_teacher_tokenizer(config, open_teacher(config))
-        load_pretrained(model, content, source=str(path))
-        say(f"codes: the nearest of {config.tokenizer.codebook_size} means of {config.tokenizer.teacher}'s "
-                   f"features, from {path}")
-        return model.requires_grad_(False).eval()
+    Our checkpoints say what they hold, and that counts: `config.tokenizer` is set to it, and nobody has to repeat stage
+    1's options in stage 2. Published checkpoints do not say it; there the configuration must describe the model.
+    """
+    path = stage_checkpoint(config, "tokenizer", given, key)
+    content = read_checkpoint(path)
     say_if_unfinished(content, path)
-    # The teacher and the decoder's depth need not be configured here: both sizes are read from the file.
-    state = model_state(content, str(path))
-    teacher_dim = len(state.get("decode_task_layer.2.bias", [0]))
-    config.tokenizer.decoder_depth = len({name.split(".")[2] for name in state if name.startswith("decoder.blocks.")})
-    model = build_vqkd(config, teacher_dim)
+    if saved := saved_section(content, "tokenizer"):
+        there = TokenizerConfig(**{field.name: saved[field.name] for field in fields(TokenizerConfig)
+                                   if field.name in saved})
+        there.teacher_weights = config.tokenizer.teacher_weights or there.teacher_weights
+        config.tokenizer = there
+    if config.tokenizer.encoder == "teacher":
+        model = teacher_codes.build(config, open_teacher(config), Quantizer)
+    else:
+        model = build_vqkd(config, len(model_state(content, str(path)).get("decode_task_layer.2.bias", [0])))
     say(load_pretrained(model, content, source=str(path)))
-    return model.requires_grad_(False).eval()
+    say(f"codes: K = {model.num_ids}, {model.vectors.shape[1]} numbers each")
+    return model.requires_grad_(False).eval(), path
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Act 4. Training
+# Act 3. Training
 
 
 def main() -> None:
     config = load_config(SECTIONS)
     if config.tokenizer.mode == "encode":
-        encode(config, load_tokenizer)
+        use.encode(config, load_tokenizer)
+    elif config.tokenizer.encoder == "teacher":
+        teacher_codes.cluster(config, Quantizer, evaluate, open_bank)
     else:
         train(config)
 
@@ -420,119 +440,70 @@ def train(config) -> None:
     # The images, and the frozen teacher. Crops may be small here (from 8 % of the image): then a patch shows an object
     # from near, and the codes learn details. No colour jitter: the codes shall say what is there.
     train_set, val_set = open_datasets(config.data)
+    view = TrainView(train_set, config.seed, config.data.image_size, cfg.crop_scale, views=config.data.views)
     teacher = open_teacher(config).to(run.device)
-    view = data.TrainView(train_set, config.seed, config.data.image_size, cfg.crop_scale, views=config.data.views)
-    val_view = data.ValView(val_set, config.data.image_size)
-    if cache_folder(config):  # fixed crops: the teacher looks at each of them once, before the training begins
-        view.attached["features"] = cached_features(run, teacher, data.FixedCrops(view), "training crops")
-        val_view.attached["features"] = cached_features(run, teacher, val_view, "validation images")
-    loader = TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
-    val_loader = ValLoader(val_view, run.device_batch, workers=config.data.workers)
-    bank_loader = open_bank(run, train_set)  # for bag_knn, see `evaluate`
-
-    if cfg.encoder == "teacher":
-        run.claim_folder(read_checkpoint)
-        model = build_teacher_tokenizer(config, teacher).to(run.device)
-        cluster_features(run, model, loader, features_of)
-        val = evaluate(run, model, teacher, val_loader, bank_loader, len(val_set.classes))
-        run.save_model("last.pt", nn.ModuleDict({"quantize": model.quantize}), val)
-        run.write_alone(val)
-        return
 
     # The model that learns in this stage. `parallel` is the same model, compiled and synchronised between processes if
     # asked for. The codebook is no part of what the optimizer moves: it has no gradient.
-    model = build_vqkd(config, teacher.output_dim).to(run.device)
-    parallel = run.prepare(model)
-    optimizer = make_optimizer(parameter_groups(model, cfg.weight_decay), cfg)
+    model = build_vqkd(config, teacher.output_dim)
+    optimizer = make_optimizer(model, cfg)
     usage = CodeUsage(cfg.codebook_size, run.device)
-    run.begin(loader, read_checkpoint, model=model, optimizer=optimizer, usage=usage)
-    lr = cosine_schedule(cfg.lr, cfg.min_lr, cfg.epochs, run.steps_per_epoch, cfg.warmup_epochs)
+    example = torch.zeros(1, 3, *[config.data.image_size] * 2), torch.zeros(1, model.grid**2, teacher.output_dim)
+    parallel = run.begin(view, example=example, model=model, optimizer=optimizer, usage=usage)
+    lr = run.cosine_schedule()
 
+    # What the teacher says of a batch: asked anew, or computed once for all crops, if they are fixed (`data.views`).
+    features_of = Frozen(run, teacher, "features", view, about_teacher(config, teacher), "float16")
+    val_view = ValView(val_set, config.data.image_size)
+    val_features_of = Frozen(run, teacher, "features", val_view, about_teacher(config, teacher), "float16")
+    val_loader = ValLoader(val_view, run.device_batch, workers=config.data.workers)
+    bank_loader = open_bank(run, train_set)  # for bag_knn, see `evaluate`
     if run.step == 0:  # a run that goes on has its codebook in the checkpoint
-        start_from_first_batch(run, model, teacher)
+        start_from_first_batch(run, model, features_of)
 
     for epoch in run.epochs():
         parallel.train()
-        for micro_batches in run.steps(epoch):
-            set_lr(optimizer, lr[run.step])
-            for batch in micro_batches:
-                # 1. Teacher and tokenizer look at the same pixels, in [0,1], and each normalises them in its own way.
-                images = data.to_unit(batch["image"])  # [B, 3, S, S]
-                with run.autocast():
-                    # 2. The target: what the frozen teacher says of each patch.
-                    features = features_of(teacher, batch)  # [B, N, teacher_dim]
-                    # 3. Encode, choose codes, decode, compare (VQKD.forward). The forward pass also counts which
-                    #    vectors chose which code.
-                    cosine_loss, commitment_loss, _ = parallel(images, features)
-                    model.quantize.remember()  # the vectors, in case that dead codes need a new place
-                    loss = cosine_loss + commitment_loss  # equation 2, as a loss
-                run.backward(loss)
-                run.record(loss=loss, cosine_loss=cosine_loss, commitment_loss=commitment_loss)
+        # One optimizer step looks at `batch_size` images, spread over all processes. If a process cannot hold its share
+        # at once, it takes it in several micro-batches and adds the gradients up; `last` is true for the last of them.
+        for step, batch, last in run.micro_batches(epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = lr[step] * group["lr_scale"]
+
+            # 1. Teacher and tokenizer look at the same pixels, in [0,1], and each normalises them in its own way.
+            images = to_unit(batch["image"])  # [B, 3, S, S]
+            # 2. The target: what the frozen teacher says of each patch.
+            features = features_of(batch)  # [B, N, teacher_dim]
+            # 3. Encode, choose codes, decode, compare (VQKD.forward). The forward pass also counts which vectors chose
+            #    which code.
+            with run.autocast():
+                cosine_loss, commitment_loss, _ = parallel(images, features)
+            model.quantize.remember()  # the vectors: dead codes may be put among them
+            loss = cosine_loss + commitment_loss  # equation 2, as a loss
+            run.backward(loss)
+            run.record(loss=loss, cosine_loss=cosine_loss, commitment_loss=commitment_loss)
+
             # 4. Two kinds of learning in one step. The optimizer moves encoder and decoder along their gradients. The
             #    codebook moves by averages, once per step, however many micro-batches and processes took part.
-            run.optimizer_step(optimizer)
-            hits = model.quantize.update(seed=config.seed + run.step)
-            usage.add(hits)
-            run.record(batch_perplexity=perplexity(hits))
+            if last:
+                run.scaler.unscale_(optimizer)
+                grad_norm = clip_gradients(optimizer, cfg.clip_grad)
+                run.scaler.step(optimizer)  # optimizer.step(), unless fp16 gradients have overflowed
+                run.scaler.update()
+                optimizer.zero_grad()
+                hits = model.quantize.update(seed=config.seed + step)
+                usage.add(hits)
+                run.record(lr=lr[step], grad_norm=grad_norm, batch_perplexity=perplexity(hits))
 
         # Is the codebook alive, and do its codes mean anything? The loss alone does not tell.
-        train_usage = usage.figures()
+        in_use = usage.figures()
         usage.counts.zero_()
-        val = evaluate(run, model, teacher, val_loader, bank_loader, len(val_set.classes))
-        check_collapse(train_usage["perplexity"], epoch, cfg)  # before this epoch is saved, and counts as done
-        run.end_epoch(epoch, train=train_usage, val=val)
-    run.finish()
+        val = evaluate(run, model, val_features_of, val_loader, bank_loader, len(val_set.classes))
+        check_collapse(in_use["perplexity"], epoch, cfg)  # before this epoch counts as done
+        run.end_epoch(epoch, val, train=in_use)
 
 
 @torch.no_grad()
-def cached_features(run: Run, teacher: nn.Module, images, title: str) -> Cache:
-    """The teacher's features of images that never change, [N, teacher_dim] for each, in half precision.
-
-    Half precision rounds a feature by 0.05 % at most, which moves the cosine by less than 1e-6.
-    """
-    config, grid = run.config, run.config.data.image_size // run.config.model.patch_size
-    about = dict(teacher=config.tokenizer.teacher, weights=digest(teacher), grid=grid,
-                 precision=run.precision.name)
-    cache = Cache(cache_folder(config), "features", images, about, (grid**2, teacher.output_dim), "float16")
-
-    def compute(batch: dict) -> Tensor:
-        with run.autocast():
-            return teacher(data.to_unit(batch["image"])).half()
-
-    return cache.fill(compute, CACHE_BATCH, run.device, config.data.workers, f"teacher's features of {title}")
-
-
-@torch.no_grad()
-def cached_codes(run: Run, tokenizer: VQKD | TeacherTokenizer, view: data.TrainView) -> Cache:
-    """The frozen tokenizer's codes of all crops of `view`, [N] for each.
-
-    k-means codes of a teacher come from its features, which stage 1 has left in the cache if the crops are the same.
-    """
-    config = run.config
-    about = dict(tokenizer=digest(tokenizer), precision=run.precision.name)
-    crops = data.FixedCrops(view)
-    cache = Cache(cache_folder(config), "codes", crops, about, (tokenizer.grid**2,), "int32")
-    if isinstance(tokenizer, TeacherTokenizer) and not cache.done.all():
-        crops.attached["features"] = cached_features(run, tokenizer.teacher, crops, "training crops")
-
-    def compute(batch: dict) -> Tensor:
-        with run.autocast():
-            if "features" in batch:
-                return tokenizer.quantize(batch["features"].float())[1].int()
-            return tokenizer.token_ids(data.to_unit(batch["image"])).int()
-
-    return cache.fill(compute, CACHE_BATCH, run.device, config.data.workers, "codes of training crops")
-
-
-def features_of(teacher: nn.Module, batch: dict) -> Tensor:
-    """The teacher's features [B, N, teacher_dim] of a batch: those that came along from a cache, or new ones."""
-    if "features" in batch:
-        return batch["features"].float()
-    return teacher(data.to_unit(batch["image"]))
-
-
-@torch.no_grad()
-def start_from_first_batch(run: Run, model: VQKD, teacher: nn.Module) -> None:
+def start_from_first_batch(run: Run, model: VQKD, features_of: Callable[[dict], Tensor]) -> None:
     """Initialise codebook and decoder from the images of the first optimizer step, those of all ranks.
 
     `kmeans_init`: the codes are k-means of the encoder's vectors.
@@ -541,77 +512,16 @@ def start_from_first_batch(run: Run, model: VQKD, teacher: nn.Module) -> None:
     codes alike. A long run recovers from that collapse. A short one ends in it, and its loss is that of the mean.
     """
     cfg, z, total = run.config.tokenizer, [], 0
-    for batch in run.micro_batches(run.loader.epoch(0)):
-        images = data.to_unit(batch["image"])
+    for batch in run.first_batches():
         with run.autocast():
-            z.append(model.encode(images))  # [B, N, D]
-            features = features_of(teacher, batch)
-        total = total + F.normalize(features.float(), dim=-1).sum(dim=(0, 1))  # [teacher_dim]
+            z.append(model.encode(to_unit(batch["image"])))  # [B, N, C]
+        total = total + F.normalize(features_of(batch).float(), dim=-1).sum(dim=(0, 1))  # [teacher_dim]
     if cfg.kmeans_init:
         model.quantize.init_from(gather_in_order(torch.cat(z)).flatten(0, 1), seed=run.config.seed)
     if cfg.mean_start:
         output = model.decode_task_layer[2]
         output.weight.zero_()
         output.bias.copy_(F.normalize(all_reduce_sum(total), dim=0))
-
-
-@torch.no_grad()
-def evaluate(run: Run, model: VQKD | TeacherTokenizer, teacher: nn.Module, loader, bank_loader,
-             classes: int) -> dict:
-    """Figures of the validation images, each counted once: cosine loss, usage, perplexity, bag_knn, and one_class.
-
-    bag_knn is the one that says whether codes mean anything. An image becomes the bag of its codes, without their
-    order, and k-NN guesses its class from the training images with the most similar bags. The loss may be low and all
-    codes in use though they tell nothing but brightness: then this share stays near chance. one_class is the share of
-    the codes in use whose patches lie, half of them or more, in images of one class. Labels serve only here.
-    """
-    model.eval()
-    codebook_size = model.quantize.embedding.num_embeddings
-    bank, bank_labels = [], []
-    for batch in bank_loader or ():
-        with run.autocast():
-            ids = model.token_ids(data.to_unit(batch["image"].to(run.device, non_blocking=True)))
-        bank.append(bag_of_codes(ids, codebook_size))
-        bank_labels.append(batch["label"].to(run.device))
-    if bank_loader:
-        bank, bank_labels = (gather_in_order(torch.cat(part), len(bank_loader.chosen))
-                             for part in (bank, bank_labels))
-
-    counts = torch.zeros(codebook_size, classes, dtype=torch.float64, device=run.device)  # patches of a code in a class
-    sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # of the losses, of the k-NN's hits, of images
-    for batch in loader:
-        batch = {key: value.to(run.device, non_blocking=True) for key, value in batch.items()}
-        images = data.to_unit(batch["image"])
-        with run.autocast():
-            cosine_loss, _, ids = model(images, features_of(teacher, batch))
-        accuracy = 0.0
-        if bank_loader:
-            accuracy = finetune.knn_accuracy(bank, bank_labels, bag_of_codes(ids, codebook_size), batch["label"])
-        sums += torch.tensor([cosine_loss.item(), accuracy, 1.0], device=run.device) * len(images)
-        places = ids * classes + batch["label"][:, None]  # a code and a class as one number
-        counts += places.flatten().bincount(minlength=codebook_size * classes).view_as(counts)
-    loss, hits, count = all_reduce_sum(sums).tolist()
-    usage = CodeUsage(codebook_size, run.device)
-    usage.add(all_reduce_sum(counts).sum(dim=1))
-    largest = counts.max(dim=1).values[usage.counts > 0] / usage.counts[usage.counts > 0]
-    figures = {"cosine_loss": loss / count, **usage.figures(), "one_class": (largest >= 0.5).double().mean().item()}
-    return figures | ({"bag_knn": hits / count} if bank_loader else {})
-
-
-def bag_of_codes(ids: Tensor, codebook_size: int) -> Tensor:
-    """Codes [B, N] -> the square root of how often each occurs, [B, K]: so that a few frequent codes do not decide."""
-    ones = torch.ones_like(ids, dtype=torch.float32)
-    return torch.zeros(len(ids), codebook_size, device=ids.device).scatter_add_(1, ids, ones).sqrt()
-
-
-def open_bank(run: Run, train_set) -> ValLoader | None:
-    """Evenly chosen training images, cropped as for validation, that bag_knn compares with; None without bag_knn."""
-    if not run.config.tokenizer.knn_images:
-        return None
-    images = min(run.config.tokenizer.knn_images, len(train_set))
-    chosen = torch.linspace(0, len(train_set) - 1, images).long().tolist()
-    view = data.ValView(train_set, run.config.data.image_size, strict=False)
-    return ValLoader(view, run.device_batch, workers=run.config.data.workers, indices=chosen)
 
 
 def check_collapse(train_perplexity: float, epoch: int, cfg: TokenizerConfig) -> None:
@@ -625,7 +535,71 @@ def check_collapse(train_perplexity: float, epoch: int, cfg: TokenizerConfig) ->
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Act 5. Using it
+# Act 4. Do the codes mean anything? Figures of the validation images
+
+
+@torch.no_grad()
+def evaluate(run: Run, model: nn.Module, features_of: Callable[[dict], Tensor], loader, bank_loader,
+             classes: int) -> dict[str, float]:
+    """Figures of the validation images, each counted once: cosine loss, usage, perplexity, bag_knn, and one_class.
+
+    bag_knn is the one that says whether codes mean anything. An image becomes the bag of its ids, without their order,
+    and k-NN guesses its class from the training images with the most similar bags. The loss may be low and all codes in
+    use though they tell nothing but brightness: then this share stays near chance. one_class is the share of the codes
+    in use whose patches lie, half of them or more, in images of one class. Labels serve only here; without classes, or
+    without a `bank_loader`, these figures are left out.
+
+    model         VQKD, or teacher_codes.TeacherTokenizer
+    features_of   batch -> the teacher's features [B, N, teacher_dim]
+    """
+    model.eval()
+    bank, bank_labels = [], []
+    for batch in bank_loader or ():
+        with run.autocast():
+            ids = model.token_ids(to_unit(batch["image"].to(run.device, non_blocking=True)))
+        bank.append(bag_of_ids(ids, model.num_ids))
+        bank_labels.append(batch["label"].to(run.device))
+    if bank_loader:
+        bank, bank_labels = (gather_in_order(torch.cat(part), len(bank_loader.chosen)) for part in (bank, bank_labels))
+
+    columns = max(1, classes)
+    counts = torch.zeros(model.num_ids, columns, dtype=torch.float64, device=run.device)  # patches of a code in a class
+    sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # of the losses, of the k-NN's hits, of images
+    for batch in loader:
+        batch = {key: value.to(run.device, non_blocking=True) for key, value in batch.items()}
+        features = features_of(batch)
+        with run.autocast():
+            cosine_loss, _, ids = model(to_unit(batch["image"]), features)
+        accuracy = 0.0
+        if bank_loader:
+            accuracy = knn_accuracy(bank, bank_labels, bag_of_ids(ids, model.num_ids), batch["label"])
+        sums += torch.tensor([cosine_loss.item(), accuracy, 1.0], device=run.device) * len(ids)
+        places = ids * columns + batch["label"][:, None]  # a code and a class as one number
+        counts += places.flatten().bincount(minlength=counts.numel()).view_as(counts)
+    loss, hits, count = all_reduce_sum(sums).tolist()
+    usage = CodeUsage(model.num_ids, run.device)
+    usage.add(all_reduce_sum(counts).sum(dim=1))
+    figures = {"cosine_loss": loss / count, **usage.figures()}
+    if classes:
+        largest = counts.max(dim=1).values[usage.counts > 0] / usage.counts[usage.counts > 0]
+        figures["one_class"] = (largest >= 0.5).double().mean().item()
+    return figures | ({"bag_knn": hits / count} if bank_loader else {})
+
+
+def bag_of_ids(ids: Tensor, num_ids: int) -> Tensor:
+    """Ids [B, N] -> the square root of how often each occurs, [B, K]: so that a few frequent codes do not decide."""
+    ones = torch.ones_like(ids, dtype=torch.float32)
+    return torch.zeros(len(ids), num_ids, device=ids.device).scatter_add_(1, ids, ones).sqrt()
+
+
+def open_bank(run: Run, train_set) -> ValLoader | None:
+    """Evenly chosen training images, cropped as for validation, that bag_knn compares with; None without bag_knn."""
+    if not run.config.tokenizer.knn_images or not train_set.classes:
+        return None
+    images = min(run.config.tokenizer.knn_images, len(train_set))
+    chosen = torch.linspace(0, len(train_set) - 1, images).long().tolist()
+    view = ValView(train_set, run.config.data.image_size, strict=False)
+    return ValLoader(view, run.device_batch, workers=run.config.data.workers, indices=chosen)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def paint_epoch(run: Run, model: MaskedImageModel, tokenizer: nn.Module, val_set
     with run.autocast():
         inputs = data.to_unit(images.to(run.device))
         codes = tokenizer.token_ids(inputs).gather(1, masked)
-        heads = [logits for logits in model(data.normalize(inputs), masked) if logits is not None]
+        heads = list(model(data.normalize(inputs), masked).values())
     rows = []
     for i, image in enumerate(images):
         panels = [image.permute(1, 2, 0).numpy(), mask_picture(image, masked[i], None, model.grid)]

@@ -5,6 +5,7 @@ No reader of the method needs this file. The example at `Run` says how a loop us
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -17,7 +18,9 @@ from typing import Any, Iterator
 import torch
 import yaml
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -25,6 +28,8 @@ from beitv2 import read_checkpoint
 from support.errors import Interrupted, UserError, explained
 from support.files import file_sha256, keep_lines, save_atomically
 from support.launch import Stop
+from support.loaders import TrainLoader
+from support.optimizers import cosine_schedule
 from support.options import FREE_TO_CHANGE, SECTIONS, OptimizerConfig, as_dict, changed_keys
 from support.precision import Precision
 from support.processes import all_reduce_sum, on_main, rank, say, setup_distributed, world_size
@@ -39,17 +44,15 @@ class Run:
     """One stage's run on this rank. A script keeps forward, loss, backward, clip and step in its own hands:
 
         run = Run("pretrain", config, config.pretrain)
-        parallel = run.prepare(model)
-        run.begin(loader, model=model, optimizer=optimizer)     # resumes by itself
+        parallel = run.begin(view, model=model, optimizer=optimizer)    # resumes by itself
         for epoch in run.epochs():
             for step, batch, last in run.micro_batches(epoch):  # `last`: of its optimizer step
                 loss = ...
-                run.scaler.scale(loss / run.accumulation).backward()
+                run.backward(loss)
                 if last:
                     ...                                         # clip, step, zero
                 run.record(loss=loss)
             run.end_epoch(epoch, {"accuracy": ...})             # writes metrics and checkpoint
-        run.finish()
 
     OUTPUT_DIR/STAGE receives last.pt, metrics.jsonl and config.yaml. At the start of each step the default generators
     are seeded from (seed, step, rank), and every sample has a generator of its own. So a checkpoint needs no generator's
@@ -86,20 +89,11 @@ class Run:
         self.record = self.metrics.record
         self.recent_losses: list[float] = []  # of the window before, to be told if the next one breaks
         self.notes: dict[str, Any] = {}  # plain values to go with every checkpoint, such as the classes' names
-        self.source: Path | None = None  # the earlier stage's checkpoint from which this one begins
-        self.parallel: nn.Module | None = None  # what `prepare` made
 
     # --- before the first step -----------------------------------------------------------------------------------
 
-    def prepare(self, model: nn.Module, *example: Tensor) -> nn.Module:
-        """The training-ready twin of a model that is on the device: compiled and synchronised over ranks, as asked.
-
-        example   inputs for one image, by whose shapes the floating-point operations of a forward pass are counted
-        """
-        if example:
-            parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            say(f"{self.stage}: {parameters / 1e6:.1f} M parameters learn; forward pass of one image: "
-                f"{flops(model, *example) / 1e9:.3g} GFLOPs")
+    def parallel_twin(self, model: nn.Module) -> nn.Module:
+        """The model, compiled and synchronised over ranks, as asked; it has the same weights."""
         if world_size() > 1 and self.device.type == "cuda":  # torch has it for GPUs only, and it must come first
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if self.compiles:
@@ -111,16 +105,24 @@ class Run:
                 warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
                 model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False,
                                                 gradient_as_bucket_view=True)
-        self.parallel = model
         return model
 
-    def begin(self, loader: Any, steps_per_epoch: int | None = None, **parts: Any) -> None:
-        """Take the training data and the `parts` that a checkpoint must hold (anything with a state_dict).
+    def begin(self, view: Dataset, source: Path | None = None, example: tuple[Tensor, ...] = (),
+              steps_per_epoch: int | None = None, **parts: Any) -> nn.Module:
+        """Take the training samples, and what a checkpoint must hold: `parts`, anything with a state_dict. Goes on from
+        the checkpoint of this folder if there is one. Returns the part "model" as the loop has to call it: compiled and
+        synchronised over ranks, as asked.
 
+        source            the earlier stage's checkpoint from which this one begins
+        example           inputs for one image, by whose shapes the operations of a forward pass are counted
         steps_per_epoch   for runs that count steps: how many to do before each validation. Default: all images once
         """
-        self.loader, self.parts = loader, parts
-        whole_steps = loader.batches_per_epoch // self.accumulation
+        self.loader = TrainLoader(view, self.device_batch, self.config.seed, workers=self.config.data.workers)
+        self.parts, self.source = parts, source
+        for part in parts.values():
+            if isinstance(part, nn.Module):
+                part.to(self.device)
+        whole_steps = self.loader.batches_per_epoch // self.accumulation
         if whole_steps == 0:
             raise UserError(f"the training set is smaller than one batch of {self.train.batch_size} images: "
                             f"lower {self.section}.batch_size or add images")
@@ -139,6 +141,26 @@ class Run:
         # With one process the run can stop after any step. Asking the other ranks in each step would cost too much.
         self.stop = Stop("this step" if world_size() == 1 else f"at most {self.train.log_every} steps")
         self.saved_step = self.step
+        if example:
+            learn = sum(p.numel() for p in parts["model"].parameters() if p.requires_grad)
+            say(f"{self.stage}: {learn / 1e6:.1f} M parameters learn; a forward pass takes "
+                f"{flops(parts['model'], *example) / 1e9:.3g} GFLOPs per image")
+        self.parallel = self.parallel_twin(parts["model"]) if "model" in parts else None
+        return self.parallel
+
+    def first_batches(self) -> list[dict]:
+        """The batches of the first optimizer step, on the device."""
+        return [self.on_device(batch) for batch in itertools.islice(self.loader.stream(0, self.batches_per_epoch),
+                                                                    self.accumulation)]
+
+    def on_device(self, batch: dict) -> dict:
+        return {key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+                for key, value in batch.items()}
+
+    def cosine_schedule(self) -> list[float]:
+        """The learning rate of each step of this run."""
+        train = self.train
+        return cosine_schedule(train.lr, train.min_lr, train.epochs, self.steps_per_epoch, train.warmup_epochs)
 
     def occupy_folder(self) -> bool:
         """Keep other runs out of the folder as long as this process lives; whether there is a checkpoint to go on from.
@@ -238,8 +260,12 @@ class Run:
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
-    def epochs(self) -> range:
-        return range(self.epochs_done, self.train.epochs)
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are left to do, from 0."""
+        yield from range(self.epochs_done, self.train.epochs)
+        self.stop.restore()
+        if rank() == 0:
+            self.config_file.close()  # gives the folder back
 
     def micro_batches(self, epoch: int) -> Iterator[tuple[int, dict, bool]]:
         """The batches of an epoch, on the device, from where the run stands: (step, batch, last).
@@ -258,11 +284,10 @@ class Run:
             for part in range(1, self.accumulation + 1):
                 with self.metrics.waiting():
                     batch = next(batches)
-                if self.parallel is not None:  # ranks exchange gradients once a step (an attribute of DDP's)
-                    self.parallel.require_backward_grad_sync = part == self.accumulation
-                batch = {key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-                         for key, value in batch.items()}
-                yield self.step, batch, part == self.accumulation
+                last = part == self.accumulation
+                if self.parallel is not None:
+                    self.parallel.require_backward_grad_sync = last  # DDP: exchange gradients once a step
+                yield self.step, self.on_device(batch), last
             self.step += 1
             self.metrics.end_step()
             end_of_epoch = self.step % self.steps_per_epoch == 0
@@ -276,6 +301,10 @@ class Run:
             # Validation may take long, and torchrun grants 30 seconds after Ctrl-C: an epoch is saved before it.
             if end_of_epoch or (log and self.step - self.saved_step >= self.train.save_every):
                 self.save()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro-batch's share to the gradients."""
+        self.scaler.scale(loss / self.accumulation).backward()
 
     def read_finite(self) -> dict[str, Tensor]:
         """The window's metrics. A loss, or a gradient, that is not finite ends the run before it is saved.
@@ -333,12 +362,6 @@ class Run:
         """Show TensorBoard, if there is one, a uint8 array [H, W, 3]."""
         if self.metrics.board is not None:
             self.metrics.board.add_image(name, pixels, self.step, dataformats="HWC")
-
-    def finish(self) -> None:
-        """Give the signals and the folder back."""
-        self.stop.restore()
-        if rank() == 0:
-            self.config_file.close()
 
 
 class Metrics:
@@ -436,10 +459,12 @@ def shortened(names: list, most: int = 8) -> str:
 
 
 def flops(model: nn.Module, *inputs: Tensor) -> int:
-    """Floating-point operations of a forward pass: counted on tensors that have a shape and no numbers."""
-    without_numbers = {name: value.to("meta") for name, value in (*model.named_parameters(), *model.named_buffers())}
-    was_training = model.training
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        torch.func.functional_call(model.eval(), without_numbers, tuple(value.to("meta") for value in inputs))
+    """Floating-point operations of a forward pass: counted on fake tensors, which have a shape and no numbers."""
+    fake, was_training = FakeTensorMode(), model.training
+    weights = {name: fake.from_tensor(value) for name, value in (*model.named_parameters(), *model.named_buffers())}
+    device = next(model.parameters()).device
+    inputs = tuple(fake.from_tensor(value.to(device)) for value in inputs)
+    with fake, FlopCounterMode(display=False) as counter, torch.no_grad():
+        torch.func.functional_call(model.eval(), weights, inputs)
     model.train(was_training)
     return counter.get_total_flops()

@@ -1,33 +1,56 @@
+"""Codes without VQ-KD: k-means of the frozen teacher's own features (`tokenizer.encoder: teacher`), to compare with.
+
+It answers the question that everyone asks of VQ-KD: why not cluster the teacher's features themselves? No reader of the
+method needs this file.
+"""
+
 import math
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.loaders import TrainLoader
+from data import TrainView, ValView
+from support.datasets import open_datasets
+from support.frozen import Frozen
+from support.loaders import TrainLoader, ValLoader
 from support.processes import gather_in_order, say, world_size
 from support.run import Run
+from support.teachers import about_teacher, open_teacher
 
 
 class TeacherTokenizer(nn.Module):
-    """No VQ-KD, but the question that everyone asks of it: why not cluster the teacher's features themselves?
+    """A code is one of K means of the teacher's features, and a patch has the nearest one.
 
-    The code of a patch is the nearest of K means of the frozen teacher's features (`tokenizer.encoder: teacher`). No
-    encoder and no decoder is trained, so codes cost a pass through the teacher: they want `data.views`. It shows how
-    much of the teacher's features K codes can keep at best.
+    No encoder and no decoder is trained, so ids cost a pass through the teacher: they want `data.views`. It shows how
+    much of the teacher's features K codes can keep at best. It does what VQKD does, with the same names.
     """
 
     may_be_fresh = ("teacher.", "quantize.running_count")  # checkpoints hold the codebook alone
 
-    def __init__(self, teacher: nn.Module, grid: int, quantizer: nn.Module):
+    def __init__(self, teacher: nn.Module, grid: int, quantizer: nn.Module, about: dict):
         super().__init__()
-        self.teacher, self.grid, self.patch_size = teacher, grid, teacher.patch_size
-        self.quantize = quantizer
+        self.teacher, self.grid, self.quantize, self.about = teacher, grid, quantizer, about
+
+    @property
+    def vectors(self) -> Tensor:
+        """The codebook, float32 [K, teacher_dim]."""
+        return self.quantize.embedding.weight
+
+    @property
+    def num_ids(self) -> int:
+        return len(self.vectors)
 
     @torch.no_grad()
     def token_ids(self, images: Tensor) -> Tensor:
-        """Images in [0,1], [B, 3, S, S] -> the code of each patch, row by row, int64 [B, N]."""
+        """Images in [0,1], [B, 3, S, S] -> the id of each patch's code, row by row, int64 [B, N]."""
         return self.quantize(self.teacher(images))[1]
+
+    def targets(self, run: Run, view: TrainView) -> Callable[..., Tensor]:
+        """As VQKD.targets. Stage 1 has left the teacher's features in the cache, if the crops are the same."""
+        features_of = Frozen(run, self.to(run.device).teacher, "features", view, self.about, "float16")
+        return lambda batch, images=None: self.quantize(features_of(batch, images))[1]
 
     def forward(self, images: Tensor, teacher_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As VQKD.forward. What a decoder would predict is the code itself, which is a mean of features."""
@@ -35,18 +58,43 @@ class TeacherTokenizer(nn.Module):
         return 1 - F.cosine_similarity(codes, teacher_features.float(), dim=-1).mean(), commitment_loss, ids
 
 
+def build(config, teacher: nn.Module, quantizer: type[nn.Module]) -> TeacherTokenizer:
+    """The tokenizer that the `tokenizer` section describes; quantizer(K, width) is a codebook."""
+    return TeacherTokenizer(teacher, config.data.image_size // config.model.patch_size,
+                            quantizer(config.tokenizer.codebook_size, teacher.output_dim),
+                            about_teacher(config, teacher))
+
+
+def cluster(config, quantizer: type[nn.Module], evaluate: Callable[..., dict], open_bank: Callable) -> None:
+    """This way's stage 1: k-means, the figures of tokenizer.evaluate, and a checkpoint of the codebook."""
+    cfg = config.tokenizer
+    run = Run("tokenizer", config, cfg)
+    run.claim_folder()
+    train_set, val_set = open_datasets(config.data)
+    model = build(config, open_teacher(config).to(run.device), quantizer).to(run.device)
+    view = TrainView(train_set, config.seed, config.data.image_size, cfg.crop_scale, views=config.data.views)
+    val_view = ValView(val_set, config.data.image_size)
+    features_of, val_features_of = (Frozen(run, model.teacher, "features", part, model.about, "float16")
+                                    for part in (view, val_view))
+    loader = TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
+    cluster_features(run, model, loader, features_of)
+    val = evaluate(run, model, val_features_of, ValLoader(val_view, run.device_batch, workers=config.data.workers),
+                   open_bank(run, train_set), len(val_set.classes))
+    run.save_model("last.pt", nn.ModuleDict({"quantize": model.quantize}), val)
+    run.write_alone(val)
+
+
 @torch.no_grad()
-def cluster_features(run: Run, model: TeacherTokenizer, loader: TrainLoader, features_of) -> None:
+def cluster_features(run: Run, model: TeacherTokenizer, loader: TrainLoader, features_of: Frozen) -> None:
     """k-means of the teacher's features, on random patches of the training images: about a hundred for each code.
 
     That many are enough to place a mean. All patches of all images would not fit in memory.
     """
     images = loader.batches_per_epoch * run.device_batch * world_size()
-    patches = min(model.grid**2, math.ceil(100 * run.config.tokenizer.codebook_size / images))  # of each image
+    patches = min(model.grid**2, math.ceil(100 * model.num_ids / images))  # of each image
     generator, z = torch.Generator().manual_seed(run.config.seed), []
     for batch in loader.epoch(0):
-        with run.autocast():
-            features = features_of(model.teacher, {key: batch[key].to(run.device) for key in batch})
+        features = features_of({key: value.to(run.device) for key, value in batch.items()})
         z.append(features[:, torch.randperm(model.grid**2, generator=generator)[:patches]])
     z = gather_in_order(torch.cat(z)).flatten(0, 1)
     say(f"k-means of {len(z)} of the teacher's features, then the figures of its codes: minutes on a CPU")

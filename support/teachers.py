@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import data
 from beitv2 import SIZES, ModelConfig, ModelError, VisionTransformer, load_pretrained, read_checkpoint
 from support.errors import UserError
+from support.frozen import digest
 from support.files import fetch, file_sha256
 from support.processes import say
 
@@ -219,3 +220,8 @@ def read_clip(path: Path, sha256: str) -> dict[str, Tensor]:
                             f"{sha256[:12]}…): download it again, or set tokenizer.teacher_weights to another file") \
                 from None
     return torch.jit.load(path, map_location="cpu").state_dict()
+
+
+def about_teacher(config, teacher: nn.Module) -> dict:
+    """What the features of a teacher depend on, in plain values."""
+    return dict(teacher=config.tokenizer.teacher, weights=digest(teacher))
