@@ -443,7 +443,7 @@ def evaluate_only(config) -> None:
     columns = class_columns(val_set.classes, classes, model.head.out_features).to(run.device)
     figures = evaluate(run, model.to(run.device), open_val_loader(run, val_set), columns)
     say(f"{len(val_set)} images of {len(columns)} of the model's {model.head.out_features} classes: "
-               + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+        + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
 
 
 def class_columns(wanted: list[str], known: list[str] | None, outputs: int) -> Tensor:
@@ -451,13 +451,13 @@ def class_columns(wanted: list[str], known: list[str] | None, outputs: int) -> T
     if known is None:
         if len(wanted) != outputs:
             raise UserError(f"the images have {len(wanted)} classes and the model {outputs}, whose names the "
-                                   f"checkpoint does not hold: set finetune.classes_file=PATH to a list of them, one a "
-                                   f"line (for ImageNet-1k, its 1000 folder names in alphabetical order)")
+                            f"checkpoint does not hold: set finetune.classes_file=PATH to a list of them, one a "
+                            f"line (for ImageNet-1k, its 1000 folder names in alphabetical order)")
         return torch.arange(outputs)
     if unknown := sorted(set(wanted) - set(known)):
         raise UserError(f"the model does not know the class '{unknown[0]}'"
-                               f"{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}: class folders must be "
-                               f"named as its classes are, such as '{known[0]}'")
+                        f"{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}: class folders must be "
+                        f"named as its classes are, such as '{known[0]}'")
     return torch.tensor([known.index(name) for name in wanted])
 
 

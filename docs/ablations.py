@@ -119,7 +119,7 @@ def main() -> None:
     named = [seed for a in arguments if a.startswith("seeds=") for seed in a.partition("=")[2].split(",")]
     if unknown := set(named) - set(map(str, SEEDS)):
         raise UserError(f"seeds={','.join(sorted(unknown))}: the seeds are {', '.join(map(str, SEEDS))}, such as "
-                               f"seeds=0,2")
+                        f"seeds=0,2")
     chosen = [int(seed) for seed in named] or SEEDS
     rest = [a for a in arguments if not a.startswith("seeds=") and a != "tables"]
     if "tables" not in arguments:
