@@ -40,6 +40,7 @@ from support.optimizers import cosine_schedule  # noqa: E402
 from support.options import load_config  # noqa: E402
 from support.run import Run  # noqa: E402
 from support.teachers import HOG  # noqa: E402
+from tests.steps import in_each_step  # noqa: E402
 
 # 16 patches of 4 x 4 pixels; 8 steps of 8 images an epoch. 7 validation images: no two ranks have as many.
 TINY = """
@@ -182,7 +183,11 @@ TWO_RANKS = """
 import importlib, json, os, sys
 code, plan, report = sys.argv[1:]
 sys.path.insert(0, code)
-import torch, segment
+import torch, beitv2, segment
+from support import processes
+from support.errors import Interrupted, UserError
+from support.run import Run
+from tests.steps import in_each_step
 evaluate_segments = segment.evaluate
 def evaluate(*given):
     confusion = evaluate_segments(*given)
@@ -192,20 +197,18 @@ segment.evaluate = evaluate
 outcomes = {}
 for name, script, interrupt_at, arguments in json.loads(plan):
     sys.argv = [script + ".py", *arguments]
+    whole = Run.micro_batches
     if interrupt_at:
-        whole = Run.optimizer_step
-        def optimizer_step(run, optimizer):
-            whole(run, optimizer)
-            if run.step + 1 == interrupt_at and processes.rank() == 1:  # only one rank is asked to stop
+        def ask_one_rank_to_stop(run):
+            if run.step + 1 == interrupt_at and processes.rank() == 1:
                 os.kill(os.getpid(), 15)
-        Run.optimizer_step = optimizer_step
+        in_each_step(ask_one_rank_to_stop)
     try:
         importlib.import_module(script).main()
         outcomes[name] = "done"
     except (UserError, Interrupted, beitv2.ModelError) as error:
         outcomes[name] = type(error).__name__ + ": " + str(error)
-    if interrupt_at:
-        Run.optimizer_step = whole
+    Run.micro_batches = whole
     with open(f"{report}.{processes.rank()}", "w") as file:
         json.dump(outcomes, file)
 """
@@ -305,11 +308,10 @@ def test_what_is_trained_is_the_sum_of_both_losses(one_rank, stage, parts):
 def test_the_student_predicts_the_codes_of_the_patches_that_it_does_not_see(home, monkeypatch):
     """Image for image and patch for patch, of the same pixels. (Normalising and back may move a few codes.)"""
     seen = []
-    forward, cross_entropy = beitv2.MaskedImageModel.forward, pretrain.cross_entropy
+    forward, score = beitv2.MaskedImageModel.forward, pretrain.score
     monkeypatch.setattr(beitv2.MaskedImageModel, "forward",
                         lambda model, images, masked: seen.append([images, masked]) or forward(model, images, masked))
-    monkeypatch.setattr(pretrain, "cross_entropy",
-                        lambda logits, codes: seen[-1].append(codes) or cross_entropy(logits, codes))
+    monkeypatch.setattr(pretrain, "score", lambda logits, ids: seen[-1].append(ids) or score(logits, ids))
     monkeypatch.setattr(pretrain, "paint_epoch", lambda *_: None)
     start("pretrain", home, "targets", "pretrain.epochs=1", "pretrain.warmup_epochs=0", "pretrain.knn_every=0")
     teacher = tokenizer.build_vqkd(load_tiny(home), 108).eval()
@@ -334,7 +336,7 @@ def test_kmeans_codes_of_the_teacher(home, two_ranks, monkeypatch):
     assert two_ranks.get("teacher") == "done" and two_ranks.get("teacher_pretrain") == "done"
     assert_same_run(one / "tokenizer", two / "tokenizer")
     assert_same_run(one / "pretrain", two / "pretrain")
-    codes = {name: tokenizer.load_tokenizer(config_of(home, *TEACHER_CODES), home / name / "tokenizer/last.pt")
+    codes = {name: tokenizer.load_tokenizer(config_of(home, *TEACHER_CODES), f"{home / name}/tokenizer/last.pt", "")[0]
              for name in ("teacher", "two_teacher")}
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(codes["teacher"].token_ids(images), codes["two_teacher"].token_ids(images))
@@ -393,18 +395,17 @@ def test_the_learning_rate_follows_its_schedule(one_rank, stage, peak, end, warm
 
 def test_the_moving_average_holds_the_weights_of_all_steps(home, monkeypatch):
     """And best.pt holds the average."""
-    passed, whole = [], Run.optimizer_step
+    passed, average = [], finetune.update_average
 
-    def weights(optimizer):
-        return {name: value.detach().clone() for group in optimizer.param_groups
-                for name, value in zip(group["names"], group["params"])}
+    def weights(model):
+        return {name: value.detach().clone() for name, value in model.named_parameters()}
 
-    def optimizer_step(run, optimizer):
-        passed.extend([] if passed else [weights(optimizer)])  # those before the first step
-        whole(run, optimizer)
-        passed.append(weights(optimizer))
+    def after_each_step(mean, model, decay):
+        passed.extend([] if passed else [weights(mean)])  # those before the first step
+        average(mean, model, decay)
+        passed.append(weights(model))
 
-    monkeypatch.setattr(Run, "optimizer_step", optimizer_step)
+    monkeypatch.setattr(finetune, "update_average", after_each_step)
     folder = start("finetune", home, "average", "finetune.ema_decay=0.9", "finetune.epochs=1", "finetune.warmup_epochs=0")
     expected = passed[0]
     for later in passed[1:]:
@@ -495,16 +496,13 @@ class Killed(BaseException):
 
 def interrupt(monkeypatch, step: int, how: signal.Signals):
     """Interrupt the run in the middle of the given step, counted from 1 over the whole run."""
-    whole = Run.optimizer_step
-
-    def optimizer_step(run, optimizer):
+    def interrupted(run):
         if run.step + 1 == step:
             if how == signal.SIGKILL:
                 raise Killed
             os.kill(os.getpid(), how)
-        whole(run, optimizer)
 
-    monkeypatch.setattr(Run, "optimizer_step", optimizer_step)
+    in_each_step(interrupted, monkeypatch.setattr)
 
 
 @pytest.fixture(scope="module")
@@ -571,17 +569,16 @@ SIGNALLED = """
 import os, runpy, signal, sys, time
 code, script, how, *arguments = sys.argv[1:]
 sys.path.insert(0, code)
+from tests.steps import in_each_step
 os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count())  # one thread, as in the runs to compare with
-whole = Run.optimizer_step
-def optimizer_step(run, optimizer):
-    whole(run, optimizer)
+def in_step_7(run):
     if run.step + 1 == 7:
         if how == "SIGKILL":
             os.kill(os.getpid(), signal.SIGKILL)
         os.kill(os.getppid(), signal.Signals[how])  # torchrun tells its processes
         for _ in range(2000):  # 20 s: if none arrives, the run ends whole, and the test fails
             time.sleep(0 if run.stop.signal else 0.01)
-Run.optimizer_step = optimizer_step
+in_each_step(in_step_7)
 sys.argv = [script + ".py", *arguments]
 runpy.run_path(os.path.join(code, script + ".py"), run_name="__main__")
 """

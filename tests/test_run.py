@@ -1,37 +1,32 @@
-"""engine.py: configuration, several processes, precision, schedules, and a run that stops, fails, resumes and saves."""
+"""support/run.py and processes.py: a run that stops, fails, resumes and saves, its metrics, and two processes."""
 
 import errno
-import hashlib
-import io
 import json
 import math
 import multiprocessing
 import os
 import signal
 import sys
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from beitv2 import read_checkpoint  # noqa: E402
-from beitv2 import parameter_groups  # noqa: E402
+from data import DataConfig  # noqa: E402
 from support import processes  # noqa: E402
 from support.errors import Interrupted, UserError  # noqa: E402
-from support.files import fetch, keep_lines, read_lines, save_atomically, stage_checkpoint  # noqa: E402
-from support.launch import STOP_SIGNALS, launch  # noqa: E402
+from support.files import read_lines  # noqa: E402
+from support.launch import STOP_SIGNALS  # noqa: E402
 from support.loaders import TrainLoader  # noqa: E402
-from support.optimizers import cosine_schedule, make_optimizer, set_lr  # noqa: E402
-from support.options import TrainConfig, as_dict, changed_keys, load_config  # noqa: E402
-from support.precision import Precision, cpu_has_bf16  # noqa: E402
-from support.processes import all_reduce_sum, gather_in_order, on_main, say, setup_distributed  # noqa: E402
+from support.optimizers import clip_gradients, make_optimizer  # noqa: E402
+from support.options import TrainConfig, load_config  # noqa: E402
+from support.processes import all_reduce_sum, gather_in_order, on_main  # noqa: E402
 from support.run import Metrics, Run, seed_everything  # noqa: E402
 
 
@@ -42,302 +37,6 @@ def signal_handlers():
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-# --- configuration -----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Options:
-    rate: float = 0.5
-    count: int = 3
-    flag: bool = False
-    name: str = "x"
-    maybe: int | None = None
-    pair: tuple[float, float] = (0.9, 0.999)
-    kind: Literal["auto", "true", "false", "cuda"] = "auto"
-
-
-def load(tmp_path, text: str, *overrides: str):
-    (tmp_path / "c.yaml").write_text(text)
-    return load_config({"data": Options}, [str(tmp_path / "c.yaml"), *overrides])
-
-
-@pytest.mark.parametrize("text, field, value", [
-    ("rate: 5e-4", "rate", 5e-4), ("rate: 2", "rate", 2.0), ("rate: '1.5'", "rate", 1.5), ("count: 4", "count", 4),
-    ("flag: yes", "flag", True), ("name: '7'", "name", "7"), ("maybe: null", "maybe", None), ("maybe: 4", "maybe", 4),
-    ("pair: [0.9, 1e-1]", "pair", (0.9, 0.1)), ("kind: cuda", "kind", "cuda"), ("kind: true", "kind", "true"),
-])
-def test_values_of_the_right_type(tmp_path, text, field, value):
-    found = getattr(load(tmp_path, f"data: {{{text}}}").data, field)
-    assert found == value and type(found) is type(value)
-
-
-@pytest.mark.parametrize("text, words", [
-    ("rate: true", "a number, not True"), ("rate: fast", "a number, not 'fast'"), ("rate: [1]", "a number"),
-    ("rate: null", "a number, not None"),
-    ("count: 1.5", "a whole number, not 1.5"), ("count: true", "a whole number"), ("count: 1e3", "a whole number"),
-    ("flag: 1", "true or false, not 1"), ("flag: 'yes'", "true or false"), ("name: 7", "text, not 7"),
-    ("maybe: x", "a whole number"), ("pair: [0.9]", "a list of 2 values"), ("pair: 0.9", "a list of 2 values"),
-    ("pair: [0.9, true]", "a number"), ("kind: cud", "one of auto, true, false, cuda"), ("kind: [auto]", "one of auto"),
-])
-def test_values_of_a_wrong_type(tmp_path, text, words):
-    key = f"data.{text.split(':')[0]}"
-    with pytest.raises(UserError) as error:
-        load(tmp_path, f"data: {{{text}}}")
-    assert f"'{key}'" in str(error.value) and "c.yaml" in str(error.value) and words in str(error.value)
-
-
-@pytest.mark.parametrize("text, overrides, key, nearest", [
-    ("data: {ratr: 1}", [], "data.ratr", "data.rate"), ("dta: {rate: 1}", [], "dta", "data"), ("sed: 1", [], "sed", "seed"),
-    ("", ["data.cuont=1"], "data.cuont", "data.count"), ("", ["devise=cpu"], "devise", "device"),
-    ("data: {zzz: 1}", [], "data.zzz", "data."), ("", ["dta.rate=1"], "dta.rate", "data.rate"),
-    ("", ["data.rate.x=1"], "data.rate.x", "data.rate"), ("", ["finetune.lrr=1"], "finetune.lrr", "finetune.lr"), ("on: 1", [], "True", ""),
-])
-def test_an_unknown_key_is_told_with_the_nearest(tmp_path, text, overrides, key, nearest):
-    with pytest.raises(UserError, match=f"unknown key '{key}'.* nearest valid key is '{nearest}") as error:
-        load(tmp_path, text, *overrides)
-    assert ("the command line" if overrides else "c.yaml") in str(error.value)
-
-
-def test_the_command_line_wins_and_sections_of_others_are_left_alone(tmp_path):
-    config = load(tmp_path, "seed: 3\ndata: {rate: 1, count: 5}\nsegment: {anything: 1}", "data.rate=2e-3", "seed=4",
-                  "data.pair=[0.5, 0.6]", "data.name=a=b", "pretrain.epochs=1")
-    assert (config.seed, config.data.rate, config.data.count, config.data.name) == (4, 2e-3, 5, "a=b")
-    assert config.data.pair == (0.5, 0.6) and config.device == "auto" and not hasattr(config, "segment")
-
-
-def test_an_empty_config_and_an_empty_section_have_the_defaults(tmp_path):
-    assert load(tmp_path, "").data == load(tmp_path, "data:").data == Options()
-    assert load(tmp_path, "data:  # all defaults", "data.count=7").data.count == 7
-
-
-@pytest.mark.parametrize("text, overrides, words", [
-    ("data: 5", [], "'data'.*section"), ("data: [rate]", [], "'data'.*section"), ("data: 5", ["data.rate=1"], "'data'"),
-    ("- a", [], "list"), ("hello", [], "str"), ("data: {rate: [", [], "not valid YAML"), ("data: \trate", [], "not valid YAML"),
-    ("", ["data.rate"], "'data.rate' on the command line"), ("", ["data.rate=["], "no valid value"), ("", ["data=5"], "'data'"),
-])
-def test_a_malformed_config(tmp_path, text, overrides, words):
-    with pytest.raises(UserError, match=words):
-        load(tmp_path, text, *overrides)
-
-
-def test_a_config_that_is_not_there(tmp_path):
-    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
-    for arguments in ([], ["data.rate=1"], ["--help"], [str(tmp_path / "none.yaml")], [str(tmp_path)], [str(tmp_path / "binary.yaml")]):
-        with pytest.raises(UserError, match="config"):
-            load_config({"data": Options}, arguments)
-
-
-def test_as_dict_is_plain(tmp_path):
-    values = as_dict(load(tmp_path, "data: {count: 5}"))
-    assert values["data"]["count"] == 5 and values["data"]["pair"] == [0.9, 0.999] and "file" not in values
-    assert json.loads(json.dumps(values)) == values
-
-
-# --- errors that a person can mend -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("error, status, words", [
-    (UserError("first\n  second"), 1, "error: first second"), (KeyError("expected"), 1, "error: 'expected'"),
-    (OSError(errno.ENOSPC, "No space left on device", "m.jsonl"), 1, "cannot read or write 'm.jsonl' (No space left on device)"),
-    (torch.OutOfMemoryError("CUDA"), 1, "device_batch_size"), (KeyboardInterrupt(), 130, "stopped: interrupted"),
-    (Interrupted("saved at step 3"), 130, "stopped: saved at step 3"),
-])
-def test_launch_says_one_sentence(error, status, words, monkeypatch, capsys):
-    def leave(status):
-        raise SystemExit(status)
-
-    def main():
-        raise error
-
-    monkeypatch.setattr(os, "_exit", leave)
-    with pytest.raises(SystemExit) as left:
-        launch(main, KeyError)
-    out = capsys.readouterr().err
-    assert left.value.code == status and words in out and out.count("\n") == 1
-
-
-@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC])
-def test_what_cannot_be_printed_ends_nothing(monkeypatch, number):
-    """A closed pipe, a lost terminal, a log file on a full disk."""
-    class Gone(io.StringIO):
-        def write(self, text):
-            raise OSError(number, os.strerror(number))
-
-        def flush(self):
-            self.write("")
-
-    done = []
-
-    def main():
-        say("hello")
-        print("a warning", file=sys.stderr, flush=True)
-        for i in tqdm(range(2), disable=False):
-            done.append(i)
-
-    monkeypatch.setattr(sys, "stdout", Gone())
-    monkeypatch.setattr(sys, "stderr", Gone())
-    launch(main)
-    assert done == [0, 1]
-
-
-@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EIO, "I/O error")])
-def test_launch_lets_bugs_through(error):
-    with pytest.raises(type(error)):
-        launch(lambda: (_ for _ in ()).throw(error))
-
-
-# --- files from elsewhere ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(tmp_path):
-    """torch.hub's cache, in a folder of this test's own."""
-    before = torch.hub.get_dir()
-    torch.hub.set_dir(str(tmp_path / "hub"))
-    yield tmp_path
-    torch.hub.set_dir(before)
-
-
-def published(folder: Path, content: bytes) -> tuple[str, str]:
-    """A file with a URL that works without a network, and its SHA-256."""
-    folder.mkdir(exist_ok=True)
-    (folder / "w.pth").write_bytes(content)
-    return (folder / "w.pth").as_uri(), hashlib.sha256(content).hexdigest()
-
-
-def test_fetch_downloads_once_and_checks(hub):
-    url, sha256 = published(hub / "there", b"weights")
-    path = fetch(url, "a.weights", sha256)
-    assert path.read_bytes() == b"weights"
-    (hub / "there" / "w.pth").unlink()
-    assert fetch(url, "a.weights", sha256) == path  # without the network now
-    assert fetch(str(path), "a.weights") == path  # a local path serves as well
-
-
-def test_fetch_refuses_a_file_with_another_sum(hub):
-    url, _ = published(hub / "there", b"weights")
-    with pytest.raises(UserError, match="a.weights=PATH"):
-        fetch(url, "a.weights", "0" * 64)
-    assert not list((hub / "hub").rglob("w.pth"))
-
-
-def test_fetch_checks_a_file_that_is_already_there(hub):
-    url, sha256 = published(hub / "there", b"weights")
-    fetch(url, "a.weights", sha256).write_bytes(b"spoiled")
-    try:
-        assert fetch(url, "a.weights", sha256).read_bytes() == b"weights"  # downloaded again, or ...
-    except UserError:
-        pass  # ... refused
-
-
-def test_fetch_knows_the_sum_that_a_name_carries(hub):
-    """NAME-SUM.pth, as the published tokenizers are called: the sum's first digits are checked unasked."""
-    url, sha256 = published(hub / "there", b"weights")
-    for name, fits in ((f"a-{sha256[:8]}.pth", True), ("a-d5036aa7.pth", False), ("a-large.pth", True)):
-        Path(url.removeprefix("file://")).with_name(name).write_bytes(b"weights")
-        renamed = url.replace("w.pth", name)
-        if fits:
-            assert fetch(renamed, "a.weights").read_bytes() == b"weights"
-        else:
-            with pytest.raises(UserError, match="a.weights=PATH"):
-                fetch(renamed, "a.weights")
-
-
-def test_fetch_does_not_confuse_two_files_of_one_name(hub):
-    first, second = published(hub / "one", b"1")[0], published(hub / "two", b"2")[0]
-    assert fetch(first, "k").read_bytes() == b"1" and fetch(second, "k").read_bytes() == b"2"
-
-
-def test_fetch_and_stage_checkpoint_say_what_is_missing(hub, monkeypatch):
-    with pytest.raises(UserError, match="a.weights.*none.pth"):
-        fetch(str(hub / "none.pth"), "a.weights")
-    with pytest.raises(UserError, match="a.weights=PATH"):
-        fetch((hub / "none.pth").as_uri(), "a.weights")
-
-    config = load(hub, f"output_dir: {hub}/run")
-    with pytest.raises(UserError, match=r"torchrun tokenizer.py .*c.yaml.*, or set p\.t="):
-        stage_checkpoint(config, "tokenizer", "", "p.t")
-    # The command repeats what was changed on the command line, but for the options of the script that asks.
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "c.yaml", f"output_dir={hub}/run", "tokenizer.epochs=2",
-                                      "data.root=a b", "pretrain.epochs=3"])
-    with pytest.raises(UserError, match=f"c.yaml output_dir={hub}/run tokenizer.epochs=2 'data.root=a b'`, or"):
-        stage_checkpoint(config, "tokenizer", "", "p.t")
-    (hub / "run" / "tokenizer").mkdir(parents=True)
-    (hub / "run" / "tokenizer" / "last.pt").touch()
-    assert stage_checkpoint(config, "tokenizer", "", "p.t") == hub / "run" / "tokenizer" / "last.pt"
-    assert stage_checkpoint(config, "tokenizer", str(hub / "c.yaml"), "p.t") == hub / "c.yaml"
-
-
-# --- precision ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("device, has_bf16, name", [("cpu", True, "bf16"), ("cpu", False, "fp32"), ("cuda", True, "bf16"), ("cuda", False, "fp16")])
-@pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler|.*CUDA is not available")
-def test_precision_auto(device, has_bf16, name, monkeypatch):
-    monkeypatch.setattr("support.precision.cpu_has_bf16", lambda: has_bf16)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation)
-    assert Precision("auto", torch.device(device)).name == name
-
-
-@pytest.mark.parametrize("name, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_precision_by_name(name, dtype):
-    precision = Precision(name, torch.device("cpu"))
-    with precision.autocast():
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
-    assert precision.scaler.is_enabled() == (name == "fp16")
-
-
-@pytest.mark.parametrize("name, fused", [("bf16", False), ("fp32", True)])
-def test_attention_on_a_cpu_is_fused_except_in_bf16_where_its_gradient_is_slow(name, fused):
-    precision = Precision(name, torch.device("cpu"))
-    q = torch.randn(2, 3, 5, 8, dtype=precision.dtype, requires_grad=True)
-    attended = torch.nn.functional.scaled_dot_product_attention(q, q, q)
-    assert ("FlashAttention" in attended.grad_fn.name()) == fused
-    Precision("fp32", torch.device("cpu"))  # the switch is the process's
-
-
-def test_cpu_has_bf16_survives_a_torch_without_the_question(monkeypatch):
-    assert isinstance(cpu_has_bf16(), bool)
-    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
-        monkeypatch.delattr(torch.cpu, name, raising=False)
-    assert cpu_has_bf16() is False
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_cuda_without_a_gpu_is_an_error():
-    with pytest.raises(UserError, match="device=cpu"):
-        setup_distributed("cuda")
-
-
-# --- schedules and parameter groups ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("warmup_epochs, peak", [(0, 0), (1, 6), (2.5, 17)])
-def test_the_schedule_rises_to_its_base_and_falls_towards_its_end(warmup_epochs, peak):
-    values = cosine_schedule(1.0, 0.1, epochs=10, steps_per_epoch=7, warmup_epochs=warmup_epochs)
-    assert len(values) == 70 and max(values) == values[peak] == 1.0
-    assert all(a < b for a, b in zip(values[:peak], values[1:])) and all(a >= b for a, b in zip(values[peak:], values[peak + 1:]))
-    assert values[0] == (1.0 if peak == 0 else 0.0) and 0.1 < values[-1] < 0.11
-
-
-def test_a_warmup_longer_than_the_run():
-    assert cosine_schedule(1.0, 0.0, epochs=2, steps_per_epoch=2, warmup_epochs=5) == pytest.approx([0, 1 / 3, 2 / 3, 1])
-
-
-def test_frozen_parameters_have_no_group_and_nested_ones_keep_their_kind():
-    model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "frozen": nn.Linear(2, 2).requires_grad_(False)})
-    model.encoder.cls_token = nn.Parameter(torch.zeros(1, 1, 2))
-    decays = {name: group["weight_decay"] for group in parameter_groups(model, 0.05) for name in group["names"]}
-    assert decays == {"encoder.weight": 0.05, "encoder.bias": 0, "encoder.cls_token": 0}
-
-
-def test_set_lr_keeps_the_scales():
-    groups = [dict(params=[nn.Parameter(torch.ones(1))], lr_scale=scale) for scale in (1.0, 0.25)]
-    optimizer = make_optimizer(groups, TrainConfig())
-    set_lr(optimizer, 0.4)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.4, 0.1]
 
 
 def test_seeds_of_neighbouring_steps_and_ranks_differ():
@@ -357,9 +56,11 @@ STEPS, BATCH = 6, 4  # per epoch; images per step
 class ToyLoader:
     """Deals rows of a fixed table out as TrainLoader deals images out: rank r holds rows r, r + W, ..."""
 
-    def __init__(self, run: Run, poison: dict | None = None):
-        self.device_batch, self.poison = run.device_batch, poison or {}  # poison: (epoch, global row) -> value
-        self.batches_per_epoch = STEPS * BATCH // (run.device_batch * processes.world_size())
+    stream = TrainLoader.stream
+
+    def __init__(self, poison: dict, device_batch: int, seed: int, workers: int):
+        self.device_batch, self.poison = device_batch, poison  # poison: (epoch, global row) -> value
+        self.batches_per_epoch = STEPS * BATCH // (device_batch * processes.world_size())
 
     def epoch(self, epoch: int, start: int = 0):
         x = torch.randn(STEPS * BATCH, 5, generator=torch.Generator().manual_seed(epoch))
@@ -378,31 +79,43 @@ def toy_run(folder, poison=None, dropout=0.0, optimizer_class=make_optimizer, **
     Path(folder).mkdir(exist_ok=True)
     file = Path(folder) / f"c{processes.rank()}.yaml"
     file.write_text(json.dumps(top | {"pretrain": text}))  # JSON is YAML
-    config = load_config({"pretrain": TrainConfig}, [str(file)])
+    config = load_config({"data": DataConfig, "pretrain": TrainConfig}, [str(file)])
     run = Run("pretrain", config, config.pretrain)
     model = nn.Sequential(nn.Dropout(dropout), nn.Linear(5, 1))
-    optimizer = optimizer_class(parameter_groups(model, 0.05), config.pretrain)
-    run.model, run.optimizer, run.parallel = model, optimizer, run.prepare(model)
-    run.begin(ToyLoader(run, poison), read_checkpoint, model=model, optimizer=optimizer)
+    optimizer = optimizer_class(model, config.pretrain)
+    run.model, run.optimizer = model, optimizer
+    with mock.patch("support.run.TrainLoader", ToyLoader):
+        run.begin(poison or {}, model=model, optimizer=optimizer)
     return run
+
+
+def toy_loss(run, batch: dict) -> torch.Tensor:
+    return (run.parallel(batch["x"])[:, 0] - batch["x"].sum(dim=1)).square().mean()
+
+
+def toy_step(run) -> None:
+    """What a loop does after the last micro-batch of a step."""
+    run.scaler.unscale_(run.optimizer)
+    grad_norm = clip_gradients(run.optimizer, run.train.clip_grad)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad()
+    run.record(grad_norm=grad_norm, lr=run.train.lr)
 
 
 def toy_train(run, stop_at: int | None = None, stop_rank: int = 0, loss_of=None,
               how: signal.Signals = signal.SIGTERM) -> nn.Module:
     """The loop of the scripts. `stop_at`: the step in which the signal to stop arrives."""
     for epoch in run.epochs():
-        for micro_batches in run.steps(epoch):
-            for batch in micro_batches:
-                x = batch["x"]
-                prediction = run.parallel(x)[:, 0]
-                loss = (prediction - x.sum(dim=1)).square().mean() if loss_of is None else loss_of(prediction)
-                run.backward(loss)
-                run.record(loss=loss)
-            if run.step + 1 == stop_at and processes.rank() == stop_rank:
-                signal.raise_signal(how)
-            run.optimizer_step(run.optimizer)
-        run.end_epoch(epoch, train={}, val={"score": float(epoch)})
-    run.finish()
+        for step, batch, last in run.micro_batches(epoch):
+            loss = toy_loss(run, batch) if loss_of is None else loss_of(run.parallel(batch["x"])[:, 0])
+            run.backward(loss)
+            run.record(loss=loss)
+            if last:
+                if step + 1 == stop_at and processes.rank() == stop_rank:
+                    signal.raise_signal(how)
+                toy_step(run)
+        run.end_epoch(epoch, {"score": float(epoch)})
     return run.model
 
 
@@ -463,15 +176,14 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     run = toy_run(tmp_path / "parts", dropout=0.5, save_every=100)
     with pytest.raises(ZeroDivisionError):
         for epoch in run.epochs():
-            for micro_batches in run.steps(epoch):
-                if run.step == 9:
+            for step, batch, last in run.micro_batches(epoch):
+                if step == 9:
                     raise ZeroDivisionError  # stands for kill -9
-                for batch in micro_batches:
-                    loss = (run.parallel(batch["x"])[:, 0] - batch["x"].sum(dim=1)).square().mean()
-                    run.backward(loss)
-                    run.record(loss=loss)
-                run.optimizer_step(run.optimizer)
-            run.end_epoch(epoch, train={}, val={"score": float(epoch)})
+                loss = toy_loss(run, batch)
+                run.backward(loss)
+                run.record(loss=loss)
+                toy_step(run)
+            run.end_epoch(epoch, {"score": float(epoch)})
     with open(run.folder / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 1, "step": 9, "lo')  # cut short
     assert metrics_steps_on_disk(run)[-1] == 8
@@ -602,7 +314,7 @@ def test_a_finished_run_does_nothing_when_started_again(tmp_path):
     toy_train(run)
     before = losses(run)
     again = toy_run(tmp_path)
-    assert len(again.epochs()) == 0
+    assert again.epochs_done == again.train.epochs
     toy_train(again)
     assert losses(again) == before and same_weights(again.model, run.model)
 
@@ -614,8 +326,8 @@ def test_the_speed_counts_only_steps_since_the_run_went_on(tmp_path, monkeypatch
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     metrics.start_clock()
     metrics.record(lr=0.1)
+    metrics.end_step()
     assert metrics.close_window(metrics.read(), batch_size=8)["images_per_second"] == 4  # one step in two seconds
-    assert metrics.untimed == 0
 
 
 def test_another_configuration_is_refused_and_named(tmp_path):
@@ -659,12 +371,13 @@ def test_gradients_are_clipped_and_the_norm_before_is_reported(tmp_path):
     moved, start = {}, {}
     for clip in (0.0, 0.25):
         run = toy_run(tmp_path / str(clip), clip_grad=clip, epochs=1, log_every=1,
-                      optimizer_class=lambda groups, config: torch.optim.SGD([p for g in groups for p in g["params"]], lr=1.0))
-        steps = run.steps(0)
-        batch = next(next(steps))
+                      optimizer_class=lambda model, config: torch.optim.SGD(model.parameters(), lr=1.0))
+        _, batch, last = next(run.micro_batches(0))
         before = [p.detach().clone() for p in run.model.parameters()]
-        run.backward((run.model(batch["x"])[:, 0] - batch["x"].sum(dim=1)).square().mean())
-        run.optimizer_step(run.optimizer)
+        assert last
+        run.backward(toy_loss(run, batch))
+        toy_step(run)
+        run.metrics.end_step()
         moved[clip] = torch.cat([(p - q).flatten() for p, q in zip(run.model.parameters(), before)]).norm().item()
         start[clip] = run.metrics.window["grad_norm"][0].item()
         assert all(p.grad is None for p in run.model.parameters())
@@ -695,10 +408,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_step(tmp_path, row
     saved = read_checkpoint(run.checkpoint_file)
     assert f"step {saved['step']}" not in text and "lower pretrain.lr" in text  # in fp32 there is nothing to go on with
     assert all(value.isfinite().all() for value in saved["model"].values())
-    # Lines are written after steps 6, 8 and 12. Told are the losses of the line before and of the steps since, one per
-    # micro-batch, the last five at most.
-    told = {1: 2, 3: 2, 6: 5}[step] * run.accumulation
-    assert text.split("before: ")[1].split(")")[0].count(", ") + 1 == min(told, 5)
+    # Lines are written after steps 6, 8 and 12. Told are the losses of the line before and of the steps since, the last
+    # five at most.
+    assert text.split("before: ")[1].split(")")[0].count(", ") + 1 == {1: 2, 3: 2, 6: 5}[step]
 
 
 def test_an_infinite_gradient_never_reaches_a_checkpoint(tmp_path):
@@ -716,59 +428,19 @@ def test_a_skipped_fp16_step_does_not_poison_the_averages(tmp_path):
     huge = 1e30  # times 65536, the scale: beyond float32 once it is squared in the gradient's norm
     run.optimizer.zero_grad()
     skipped = []
-    for micro_batches in run.steps(0):
+    for step, batch, _ in run.micro_batches(0):
         before = [p.detach().clone() for p in run.model.parameters()]
-        for batch in micro_batches:
-            loss = (run.parallel(batch["x"])[:, 0].float() - batch["x"].sum(dim=1)).square().mean()
-            run.record(loss=loss)
-            run.backward(loss * huge * huge if run.step == 2 else loss)
-        run.optimizer_step(run.optimizer)
+        loss = toy_loss(run, batch)
+        run.record(loss=loss)
+        run.backward(loss * huge * huge if step == 2 else loss)
+        toy_step(run)
         skipped.append(all(torch.equal(p, q) for p, q in zip(run.model.parameters(), before)))
     assert skipped == [False, False, True, False, False, False]
-    assert run.precision.scaler.get_scale() == 65536 / 2
+    assert run.scaler.get_scale() == 65536 / 2
     line = metrics(run)[0]
     assert math.isfinite(line["loss"]) and 0 < line["grad_norm"] < 1e3
     assert run.metrics.totals["grad_norm"][1] == 5 and run.metrics.totals["loss"][1] == 6
     assert all(p.isfinite().all() for p in run.model.parameters())
-
-
-# --- checkpoints on disk -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-@pytest.mark.parametrize("numbers", [10, 1_000_000])
-def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, numbers):
-    """/dev/full refuses every write as a full disk does: small files at the end, large ones half-way."""
-    path = tmp_path / "last.pt"
-    save_atomically({"x": torch.ones(3)}, path)
-    (tmp_path / "last.part").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="cannot write the checkpoint '.*last.pt'.*free some space"):
-        save_atomically({"x": torch.zeros(numbers)}, path)
-    assert torch.equal(read_checkpoint(path)["x"], torch.ones(3))
-    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
-    save_atomically({"x": torch.zeros(2)}, path)  # space again
-    assert torch.equal(read_checkpoint(path)["x"], torch.zeros(2))
-
-
-def test_a_folder_that_has_gone(tmp_path):
-    with pytest.raises(UserError, match="cannot write the checkpoint"):
-        save_atomically({}, tmp_path / "gone" / "last.pt")
-
-
-def test_keep_lines(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    keep_lines(path, 3, 1)  # nothing to do, no error
-    lines = ['{"epoch": 0, "step": 1}', '{"epoch": 0, "step": 1, "val": {}}', '{"epoch": 1, "step": 3, "loss": 0.5}',
-             '{"epoch": 1, "step": 3, "val": {}}', '{"epoch": 2, "step": 4}', '{"epoch": 2, "step": 5, "lo']
-    path.write_text("\n".join(lines))
-    keep_lines(path, 3, 1)
-    assert path.read_text().splitlines() == lines[:3] and path.read_text().endswith("\n")
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_changed_keys():
-    old, new = {"a": {"x": 1, "y": 2}, "b": 3, "c": 1}, {"a": {"x": 1, "y": 5}, "b": 3, "d": 2}
-    assert list(changed_keys(old, new)) == [("a.y", 2, 5), ("c", 1, None), ("d", None, 2)]
 
 
 # --- two processes -----------------------------------------------------------------------------------------------
