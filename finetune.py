@@ -360,8 +360,8 @@ class LinearProbes(nn.Module):
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Features [B, D] by pooling -> logits [learning rates, B, classes] by pooling."""
-        return {kind: torch.stack([head(self.norms[kind](features[kind])) for head in heads])
-                for kind, heads in self.heads.items()}
+        normed = {kind: norm(features[kind]) for kind, norm in self.norms.items()}  # once: each call moves the averages
+        return {kind: torch.stack([head(normed[kind]) for head in heads]) for kind, heads in self.heads.items()}
 
 
 def linear_probe(config) -> None:
