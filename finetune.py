@@ -119,6 +119,7 @@ def finetune(config) -> None:
     # The backbone comes from pre-training: its one bias table is copied into every block. Mask token, output layer and
     # aggregation head are dropped. `fc_norm` and `head` stay as initialised.
     source = load_weights(config, model, train_set.classes)
+    model.to(run.device)
     # Layer decay: each layer learns at `layer_decay` times the rate of the layer above it. Early layers see edges and
     # textures, which any task needs; late layers hold what is special to the task. With one rate for all, it would be
     # too high for the early layers or too low for the head. Block i of L, from 1, has the rate lr * decay^(L + 1 - i):
@@ -130,7 +131,7 @@ def finetune(config) -> None:
     #
     optimizer = make_optimizer(model, cfg, cfg.layer_decay)
     # A moving average often does better than the last weights, which still jump with each batch. It is never trained.
-    average = copy.deepcopy(model).requires_grad_(False).to(run.device) if cfg.ema_decay else None
+    average = copy.deepcopy(model).requires_grad_(False) if cfg.ema_decay else None
 
     # `parallel` is the model, compiled and synchronised between processes if asked for.
     parts = dict(model=model, optimizer=optimizer) | ({"average": average} if average else {})

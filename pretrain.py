@@ -37,7 +37,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from beitv2 import MaskedImageModel, ModelConfig, ModelError, masked_positions, score, take
+from beitv2 import MaskedImageModel, ModelConfig, ModelError, masked_positions, score
 from data import DataConfig, TrainView, jittered, normalize
 from finetune import knn_pulse
 from support.datasets import open_datasets
@@ -96,7 +96,7 @@ def train(config) -> None:
 
     # Only the student learns. `student` is the same model as `model`, compiled and synchronised between processes if
     # asked for.
-    model = build_model(config, tokenizer.num_ids)
+    model = build_model(config, tokenizer.num_ids).to(run.device)
     optimizer = make_optimizer(model, cfg)
     example = torch.zeros(1, 3, size, size), torch.zeros(1, cfg.num_masked, dtype=torch.int64)
     student = run.begin(view, source, example, model=model, optimizer=optimizer)
@@ -120,7 +120,7 @@ def train(config) -> None:
 
             # 3. The question. The tokenizer sees the whole image and names the code of each patch. We ask only about the
             #    hidden ones: a visible patch could be named by looking at it, and would teach little.
-            targets = take(targets_of(batch, images), masked)  # ids [B, M], each in 0 .. K-1
+            targets = targets_of(batch, images, masked)  # ids [B, M], each in 0 .. K-1
 
             # 4. Both predictions. The student gets ImageNet's normalisation, which fine-tuning will use too. (The
             #    tokenizer got [0,1], which VQKD.encode scales as in its own training.)

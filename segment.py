@@ -37,8 +37,8 @@ from support.datasets import Images, Shapes
 from support.errors import UserError, one_line
 from support.files import say_if_unfinished, stage_checkpoint
 from support.launch import launch
-from support.loaders import Rounds, TrainLoader, ValLoader
-from support.optimizers import make_optimizer, set_lr
+from support.loaders import TrainLoader, ValLoader
+from support.optimizers import make_optimizer
 from support.options import Amount, Count, Natural, OptimizerConfig, Share, load_config
 from support.pictures import paint
 from support.processes import all_reduce_sum, broadcast_buffers, say, world_size

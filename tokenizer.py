@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beitv2 import (ModelConfig, ModelError, VisionTransformer, dimensions, init_weights, load_pretrained, model_state,
-                    read_checkpoint, saved_section)
+                    read_checkpoint, saved_section, take)
 from data import DataConfig, TrainView, ValView, to_unit
 from finetune import knn_accuracy
 from support import teacher_codes, use
@@ -361,9 +361,11 @@ class VQKD(nn.Module):
         """Images in [0,1], [B, 3, S, S] -> the id of each patch's code, row by row, int64 [B, N]: what stage 2 predicts."""
         return self.quantize(self.encode(images))[1]
 
-    def targets(self, run: Run, view: TrainView) -> Frozen:
-        """`token_ids` for the training loop of stage 2: targets(run, view)(batch, images) -> int64 [B, N]."""
-        return Frozen(run, self.to(run.device).token_ids, "ids", view, digest(self), "int32")
+    def targets(self, run: Run, view: TrainView) -> Callable[[dict, Tensor, Tensor], Tensor]:
+        """What stage 2 has to predict: a function of a batch, its images in [0,1] and the positions `masked` [B, M], which
+        gives the ids of these patches, int64 [B, M]."""
+        ids_of = Frozen(run, self.to(run.device).token_ids, "ids", view, digest(self), "int32")
+        return lambda batch, images, masked: take(ids_of(batch, images), masked)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, N, C] -> predicted teacher features [B, N, teacher_dim]."""
@@ -445,7 +447,7 @@ def train(config) -> None:
 
     # The model that learns in this stage. `parallel` is the same model, compiled and synchronised between processes if
     # asked for. The codebook is no part of what the optimizer moves: it has no gradient.
-    model = build_vqkd(config, teacher.output_dim)
+    model = build_vqkd(config, teacher.output_dim).to(run.device)
     optimizer = make_optimizer(model, cfg)
     usage = CodeUsage(cfg.codebook_size, run.device)
     example = torch.zeros(1, 3, *[config.data.image_size] * 2), torch.zeros(1, model.grid**2, teacher.output_dim)

@@ -32,7 +32,7 @@ from support.datasets import open_datasets
 from support.errors import UserError
 from support.files import stage_checkpoint
 from support.launch import launch
-from support.loaders import Rounds, TrainLoader, ValLoader
+from support.loaders import TrainLoader, ValLoader
 from support.options import Count, Natural, load_config
 from support.pictures import (embed, enlarge, figure, fixed_masks, framed, heat_map, mask_picture, page,
                               patch_with_context, pixels, row_of, scatter_chart, token_map)

@@ -33,12 +33,10 @@ import data  # noqa: E402
 import finetune  # noqa: E402
 import pretrain  # noqa: E402
 import tokenizer as vqkd  # noqa: E402
-from beitv2 import Classifier, masked_positions  # noqa: E402
-from beitv2 import parameter_groups  # noqa: E402
+from beitv2 import Classifier, masked_positions, score, take  # noqa: E402
 from support.launch import launch  # noqa: E402
 from support.optimizers import make_optimizer  # noqa: E402
 from support.options import load_config  # noqa: E402
-from support.run import Run  # noqa: E402
 from support.teachers import TEACHERS, build_teacher  # noqa: E402
 
 SECTIONS = vqkd.SECTIONS | pretrain.SECTIONS | finetune.SECTIONS
@@ -102,23 +100,22 @@ def tokenizer_stage(config):
 def pretrain_stage(config):
     cfg = config.pretrain
     tokenizer = vqkd.build_vqkd(config, teacher_dim=512).requires_grad_(False).eval()
-    model = pretrain.build_model(config)
+    model = pretrain.build_model(config, tokenizer.num_ids)
 
     def loss_of(images: Tensor) -> Tensor:
         images = data.color_jitter(images, torch.ones(len(images), 3))
         masked = masked_positions(torch.ones(len(images), model.num_patches, dtype=torch.bool), cfg.num_masked)
         with half_precision():
-            codes = tokenizer.token_ids(images).gather(1, masked)
-            logits, head_logits = model(data.normalize(images), masked)
-        losses = [pretrain.cross_entropy(given, codes)[0] for given in (logits, head_logits) if given is not None]
-        return sum(losses)
+            ids = take(tokenizer.token_ids(images), masked)
+            predictions = model(data.normalize(images), masked)
+        return sum(score(logits, ids)[0] for logits in predictions.values())
 
     return model, loss_of
 
 
 def finetune_stage(config):
     cfg, classes = config.finetune, 1000
-    model = Classifier(classes, cfg.mean_pool, cfg.init_scale, drop_path=cfg.drop_path,
+    model = Classifier(classes, cfg.pooling, cfg.init_scale, drop_path=cfg.drop_path,
                        **config.model.backbone(config.data.image_size))
 
     def loss_of(images: Tensor) -> Tensor:
@@ -136,14 +133,14 @@ def training_step(config, stage: str, images: int) -> Callable[[], None]:
     """A step of `stage` with micro-batches of so many images, on the default device; all that it needs is there."""
     cfg = getattr(config, stage)
     model, loss_of = STAGES[stage](config)
-    optimizer = make_optimizer(parameter_groups(model, cfg.weight_decay), cfg)
+    optimizer = make_optimizer(model, cfg)
     # AdamW's state comes with the first step, and from a step's second micro-batch on there are gradients too.
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
     batch = torch.zeros(images, 3, config.data.image_size, config.data.image_size, dtype=torch.uint8)
     if torch.get_default_device().type == "cuda" and config.compile != "false":
-        model.compile()  # in place; as Run.prepare does
+        model.compile()  # in place; as support/run.py does
 
     def step() -> None:
         loss_of(data.to_unit(batch)).backward()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import to_unit
+from data import ValView, to_unit
 from support.errors import UserError
 from support.loaders import loader_options, with_plain_errors
 from support.processes import all_reduce_sum, on_main, rank, say, world_size
@@ -43,7 +43,8 @@ class Frozen:
 
     def __init__(self, run: Run, ask: Callable[[Tensor], Tensor], name: str, view: Dataset, about, dtype: str):
         self.run, self.images = run, view.fixed()
-        self.ask = torch.compile(ask) if run.compiles else ask
+        # The last batch of validation images is smaller, and would be compiled a second time.
+        self.ask = torch.compile(ask) if run.compiles and not isinstance(view, ValView) else ask
         self.values: np.ndarray | None = None
         if self.images is not None and cache_folder(run.config):
             self.values = self.computed(name, about, dtype)
@@ -56,7 +57,8 @@ class Frozen:
                  always sees the crop itself, whatever was done to its colours since
         """
         if self.values is not None:
-            answer = torch.from_numpy(self.values[batch["row"].cpu().numpy()]).to(self.run.device)
+            answer = torch.from_numpy(self.values[batch["row"].cpu().numpy()])
+            answer = answer.to(self.run.device, non_blocking=True)
         else:
             unchanged = images is None or self.images is not None
             with self.run.autocast():

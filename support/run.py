@@ -119,9 +119,6 @@ class Run:
         """
         self.loader = TrainLoader(view, self.device_batch, self.config.seed, workers=self.config.data.workers)
         self.parts, self.source = parts, source
-        for part in parts.values():
-            if isinstance(part, nn.Module):
-                part.to(self.device)
         whole_steps = self.loader.batches_per_epoch // self.accumulation
         if whole_steps == 0:
             raise UserError(f"the training set is smaller than one batch of {self.train.batch_size} images: "
@@ -154,7 +151,8 @@ class Run:
                                                                     self.accumulation)]
 
     def on_device(self, batch: dict) -> dict:
-        return {key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+        """A batch on the device, all but its `row`: caches lie in the host's memory, and asking the device would wait."""
+        return {key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) and key != "row" else value
                 for key, value in batch.items()}
 
     def cosine_schedule(self) -> list[float]:

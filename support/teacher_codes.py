@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beitv2 import take
 from data import TrainView, ValView
 from support.datasets import open_datasets
 from support.frozen import Frozen
@@ -47,10 +48,10 @@ class TeacherTokenizer(nn.Module):
         """Images in [0,1], [B, 3, S, S] -> the id of each patch's code, row by row, int64 [B, N]."""
         return self.quantize(self.teacher(images))[1]
 
-    def targets(self, run: Run, view: TrainView) -> Callable[..., Tensor]:
+    def targets(self, run: Run, view: TrainView) -> Callable[[dict, Tensor, Tensor], Tensor]:
         """As VQKD.targets. Stage 1 has left the teacher's features in the cache, if the crops are the same."""
         features_of = Frozen(run, self.to(run.device).teacher, "features", view, self.about, "float16")
-        return lambda batch, images=None: self.quantize(features_of(batch, images))[1]
+        return lambda batch, images, masked: take(self.quantize(features_of(batch, images))[1], masked)
 
     def forward(self, images: Tensor, teacher_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As VQKD.forward. What a decoder would predict is the code itself, which is a mean of features."""

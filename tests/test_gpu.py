@@ -60,12 +60,11 @@ def as_found(monkeypatch):
 def start(monkeypatch, tmp_path):
     """Run a script with a config file, or with TINY, and an untrained tokenizer; returns the folder of its output."""
     def untrained_tokenizer(config, *_):
-        return vqkd.build_vqkd(config, teacher_dim=512).requires_grad_(False).eval()
+        return vqkd.build_vqkd(config, teacher_dim=512).requires_grad_(False).eval(), None
 
     def run(script: str, *changes: str, file: str | Path = tmp_path / "tiny.yaml") -> Path:
         (tmp_path / "tiny.yaml").write_text(TINY)
-        monkeypatch.setattr(vqkd, "load_tokenizer", untrained_tokenizer)
-        monkeypatch.setattr("pretrain.stage_checkpoint", lambda *_: tmp_path / "tiny.yaml")  # any file that is there
+        monkeypatch.setattr(pretrain, "load_tokenizer", untrained_tokenizer)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", str(file), f"output_dir={tmp_path}", *changes])
         SCRIPTS[script].main()
         return tmp_path
@@ -76,29 +75,29 @@ def start(monkeypatch, tmp_path):
 # -- one graph ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script, changes", [
-    ("tokenizer", []), ("pretrain", []), ("pretrain", ["model.checkpoint_activations=true", "pretrain.drop_path=0.1"]),
-    ("finetune", []), ("segment", [])])
-def test_each_model_compiles_as_one_graph_for_all_steps(start, monkeypatch, script, changes):
-    """Two epochs with validation between them: no break (`fullgraph`), and nothing is compiled a second time.
+@pytest.mark.parametrize("script, changes, networks", [
+    ("tokenizer", [], 2), ("pretrain", [], 2), ("finetune", [], 1), ("segment", [], 1),
+    ("pretrain", ["model.checkpoint_activations=true", "pretrain.drop_path=0.1"], 2)])
+def test_each_model_compiles_as_one_graph_for_all_steps(start, monkeypatch, script, changes, networks):
+    """Two epochs with validation between them: no break (`fullgraph`), and nothing is compiled a second time. The frozen
+    network beside the trained one, teacher or tokenizer, is compiled too.
 
     Both are up to dynamo, which reads the Python code. So its graph is run as it is here, and not made into kernels.
     """
-    compiled, sizes, torch_compile = [], [], torch.compile
+    compiled, sizes, torch_compile = {}, [], torch.compile
 
-    def backend(graph, inputs):
-        compiled.append(graph)
-        return graph
-
-    def compile(model):
-        parallel = torch_compile(model, backend=backend, fullgraph=True)
-        parallel.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    def compile(network):
+        graphs = compiled.setdefault(network, [])
+        parallel = torch_compile(network, backend=lambda graph, inputs: graphs.append(graph) or graph, fullgraph=True)
+        if any(parameter.requires_grad for parameter in getattr(network, "parameters", list)()):
+            parallel.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
         return parallel
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", compile)
     start(script, "compile=true", "device=cpu", "precision=bf16", *changes)
-    assert len(compiled) == 1, f"the model should be compiled once, and was {len(compiled)} times"
+    graphs = list(map(len, compiled.values()))
+    assert graphs == [1] * networks, f"each network should be compiled once: {graphs}"
     assert sizes == [4] * 8, "8 micro-batches of 4 images: a smaller last one is left out"
 
 
@@ -152,12 +151,12 @@ def fake_gpu(monkeypatch):
         if "driver" not in str(error):
             raise
         pytest.skip("this PyTorch asks a real GPU's driver even for fake tensors (2.6 does)")
-    steps = Run.steps
+    micro_batches = Run.micro_batches
 
-    def watched_steps(run, epoch):
-        for micro_batches in steps(run, epoch):
+    def watched(run, epoch):
+        for dealt in micro_batches(run, epoch):
             gpu.in_step = run.step > 0  # the first step fills caches
-            yield micro_batches
+            yield dealt
             gpu.in_step = False
 
     def backward(loss):
@@ -186,7 +185,7 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr("support.run.setup_distributed", lambda device: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    monkeypatch.setattr(Run, "steps", watched_steps)
+    monkeypatch.setattr(Run, "micro_batches", watched)
     monkeypatch.setattr(Run, "save", epoch_done)
     monkeypatch.setattr(Metrics, "read", lambda metrics: {name: torch.zeros(len(window))
                                                                  for name, window in metrics.window.items()})
@@ -231,7 +230,7 @@ def test_the_papers_recipes_take_their_steps_on_a_gpu(start, fake_gpu, monkeypat
     monkeypatch.setattr(data.TrainView, "__getitem__", same_sample)
     monkeypatch.setattr(vqkd, "open_teacher", lambda config: build_teacher(
         "clip_vitb16", 14, TEACHERS["clip_vitb16"][2]))
-    for place, build in ((vqkd, "build_teacher"), (vqkd, "build_vqkd"), (pretrain, "build_model"),
+    for place, build in ((vqkd, "open_teacher"), (vqkd, "build_vqkd"), (pretrain, "build_model"),
                          (finetune, "Classifier")):
         monkeypatch.setattr(place, build, on_gpu(getattr(place, build)))
     with fake_gpu, pytest.raises(EpochDone):
@@ -248,17 +247,23 @@ def test_fp16_skips_a_step_that_overflows_and_goes_on(start, monkeypatch):
 
     (That of the first may overflow by itself: the scale begins high on purpose.)
     """
-    weights, scales, step = [], [], Run.optimizer_step
+    weights, scales, scaler = [], [], torch.amp.GradScaler
+    unscale, update = scaler.unscale_, scaler.update
 
-    def optimizer_step(run, optimizer):
-        if run.step == 2:
+    def unscale_(self, optimizer):
+        self.optimizer = optimizer
+        if len(weights) == 2:
             optimizer.param_groups[0]["params"][0].grad.fill_(torch.inf)
-        step(run, optimizer)
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        weights.append(nn.utils.parameters_to_vector(parameters).detach().clone())
-        scales.append(run.precision.scaler.get_scale())
+        unscale(self, optimizer)
 
-    monkeypatch.setattr(Run, "optimizer_step", optimizer_step)
+    def after_the_step(self):
+        update(self)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        weights.append(nn.utils.parameters_to_vector(parameters).detach().clone())
+        scales.append(self.get_scale())
+
+    monkeypatch.setattr(scaler, "unscale_", unscale_)
+    monkeypatch.setattr(scaler, "update", after_the_step)
     folder = start("pretrain", "device=cpu", "precision=fp16", "pretrain.warmup_epochs=0", "pretrain.log_every=1")
     assert scales[2] == scales[1] / 2 and scales[3] == scales[2]
     assert torch.equal(weights[2], weights[1]) and not torch.equal(weights[3], weights[2])
@@ -287,7 +292,7 @@ def test_the_papers_recipes_fit_gpus_of_24_gb(name, script):
     images = getattr(config, script).device_batch_size
     size = memory.step_memory(config, script, images)
     assert size <= 20
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (CODE / "README.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (CODE / "docs/gpus.md").read_text().splitlines()
             if line.startswith(("| GB per GPU", f"| {name}, {script}"))]
     row = next(row for row in rows if ("checkpoint_activations" in row[0]) == config.model.checkpoint_activations
                and row != rows[0])
