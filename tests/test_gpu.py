@@ -282,12 +282,12 @@ def test_peak_memory_counts_what_lives_at_the_same_time():
 
 @pytest.mark.parametrize("name, script", RECIPES)
 def test_the_papers_recipes_fit_gpus_of_24_gb(name, script):
-    """With a margin for what is not counted; and README's table says what is counted."""
+    """With a margin for what is not counted; and the table of docs/gpus.md says what is counted."""
     config = recipe(name)
     images = getattr(config, script).device_batch_size
     size = memory.step_memory(config, script, images)
     assert size <= 20
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (CODE / "README.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (CODE / "docs/gpus.md").read_text().splitlines()
             if line.startswith(("| GB per GPU", f"| {name}, {script}"))]
     row = next(row for row in rows if ("checkpoint_activations" in row[0]) == config.model.checkpoint_activations
                and row != rows[0])
