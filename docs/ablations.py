@@ -38,7 +38,7 @@ TARGETS = [
 AGGREGATION = [
     ("aggregation head, shared output layer, l = 3 of 4 (default)", "default", []),
     ("no aggregation head", "nohead", ["pretrain.head_layers=0"]),
-    ("an output layer of its own for the head", "separate", ["pretrain.shared_lm_head=false"]),
+    ("a norm and an output layer of its own for the head", "separate", ["pretrain.shared_lm_head=false"]),
     ("l = 2", "early2", ["pretrain.early_layers=2"]),
     ("l = 4, the last layer", "early4", ["pretrain.early_layers=4"]),
 ]
@@ -50,11 +50,11 @@ MASKS = [
     ("blocks, 12 of 16", "mask12", ["pretrain.num_masked=12"]),
 ]
 CODEBOOK = [
-    ("K = 256, D = 32 (default)", "default", []),
+    ("K = 256, C = 32 (default)", "default", []),
     ("K = 64", "k64", ["tokenizer.codebook_size=64"]),
     ("K = 1024", "k1024", ["tokenizer.codebook_size=1024"]),
-    ("D = 8", "d8", ["tokenizer.codebook_dim=8"]),
-    ("D = 192", "d192", ["tokenizer.codebook_dim=192"]),
+    ("C = 8", "d8", ["tokenizer.codebook_dim=8"]),
+    ("C = 192", "d192", ["tokenizer.codebook_dim=192"]),
     ("no k-means start", "randomstart", ["tokenizer.kmeans_init=false"]),
     ("no revival", "norevival", ["tokenizer.revive_below=0"]),
     ("decoder of 3 blocks", "decoder3", ["tokenizer.decoder_depth=3"]),

@@ -1,4 +1,4 @@
-"""How much memory a training step takes on a GPU. Made the tables in README, "On GPUs".
+"""How much memory a training step takes on a GPU. Made the tables of docs/gpus.md.
 
     python docs/memory.py configs/base.yaml configs/large.yaml                   (more options: compile=false)
 

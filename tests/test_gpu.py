@@ -287,7 +287,7 @@ def test_peak_memory_counts_what_lives_at_the_same_time():
 
 @pytest.mark.parametrize("name, script", RECIPES)
 def test_the_papers_recipes_fit_gpus_of_24_gb(name, script):
-    """With a margin for what is not counted; and README's table says what is counted."""
+    """With a margin for what is not counted; and the table of docs/gpus.md says what is counted."""
     config = recipe(name)
     images = getattr(config, script).device_batch_size
     size = memory.step_memory(config, script, images)
