@@ -4,13 +4,15 @@
     torchrun segment.py configs/camvid.yaml data.root=PATH segment.weights=none       # from scratch, to compare
     torchrun --nproc-per-node 8 segment.py configs/ade20k.yaml data.root=PATH         # eight GPUs of one machine
     torchrun segment.py configs/camvid.yaml data.root=PATH segment.eval_only=true     # measure best.pt again
+    torchrun segment.py configs/camvid.yaml segment.mode=predict segment.images=PHOTO_OR_FOLDER   # masks of your own
 
     image -> blocks -> hidden states of four of them -> pyramid (strides 4, 8, 16, 32) -> UperNet -> class per pixel
 
 The data lie as ADE20K's do: ROOT/images/SPLIT/NAME.jpg and ROOT/annotations/SPLIT/NAME.png, whose pixels are class
 numbers. `data.dataset: shapes` draws images and masks itself.
 Writes OUTPUT_DIR/segment/, or OUTPUT_DIR/segment_scratch/ for `weights: none`: last.pt, best.pt (of the highest mIoU),
-metrics.jsonl, config.yaml, and overlays/NAME.png: image, truth and prediction side by side.
+metrics.jsonl, config.yaml, and overlays/NAME.png: image, truth and prediction side by side. What `predict` writes is in
+OUTPUT_DIR/predict_masks/.
 """
 
 import functools
@@ -18,6 +20,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,23 +29,23 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from beitv2 import (ModelConfig, ModelError, VisionTransformer, load_pretrained, parameter_groups, read_checkpoint,
-                    read_model)
-from support.datasets import Images, Shapes
+from beitv2 import ModelConfig, ModelError, VisionTransformer, load_pretrained, read_checkpoint, read_model
+from support.datasets import SUFFIXES, Images, Shapes, find_images, found, open_dataset, open_files
 from support.errors import UserError, one_line
 from support.files import say_if_unfinished, stage_checkpoint
 from support.launch import launch
-from support.loaders import TrainLoader, ValLoader
-from support.optimizers import make_optimizer
+from support.loaders import ValLoader
+from support.optimizers import clip_gradients, make_optimizer
 from support.options import Amount, Count, Natural, OptimizerConfig, Share, load_config
 from support.pictures import paint
-from support.processes import all_reduce_sum, broadcast_buffers, say, world_size
-from support.run import Run
+from support.precision import Precision
+from support.processes import all_reduce_sum, broadcast_buffers, gather_in_order, say, setup_distributed, world_size
+from support.run import Run, shortened
+from support.use import from_all_ranks, output_folder, refuse_unreadable, restored
 
 
 IGNORE = 255  # the label, inside this file, of pixels that count for nothing
@@ -52,9 +55,12 @@ IGNORE = 255  # the label, inside this file, of pixels that count for nothing
 class SegmentConfig(OptimizerConfig):
     """The `segment` section; the defaults are the paper's for base on ADE20K."""
 
+    mode: Literal["train", "predict"] = "train"  # predict: write masks of images that have no annotation
     weights: str = ""  # path or URL; empty: OUTPUT_DIR/pretrain/last.pt; none: an untrained backbone
     eval_only: bool = False  # only validate `checkpoint`
-    checkpoint: str = ""  # path or URL; empty: OUTPUT_DIR/segment/best.pt, or segment_scratch/best.pt for weights: none
+    # For eval_only and predict. Path or URL; empty: OUTPUT_DIR/segment/best.pt, or segment_scratch/ for weights: none.
+    checkpoint: str = ""
+    images: str = ""  # predict only: an image, a folder, or a pattern such as *.jpg
     iterations: Count = 160_000  # optimizer steps
     eval_every: Count = 16_000  # steps between two evaluations; a divisor of `iterations`
     warmup_iterations: Natural = 1500  # linear warm-up, on top of the linear decay to 0
@@ -98,15 +104,16 @@ class AnnotatedFolder(Images):
             if not os.path.isdir(folder):
                 raise UserError(f"data.root: there is no folder '{folder}': put the images into {images} and their "
                                 f"annotations, as PNG of the same name, into {annotations}, or set data.root=PATH")
-        names = sorted(name for name in os.listdir(images) if name.lower().endswith(IMG_EXTENSIONS))
+        paths, passed_over = find_images(images, nested=False)
+        names = [os.path.basename(os.fsdecode(path)) for path in paths]
         if not names:
-            raise UserError(f"data.root: '{images}' holds no image ({', '.join(IMG_EXTENSIONS)}): put images there")
+            raise UserError(f"data.root: '{images}' holds no image ({', '.join(SUFFIXES)}): put images there")
         annotated = set(os.listdir(annotations))
         missing = [name for name in names if f"{Path(name).stem}.png" not in annotated]
         if missing:
             raise UserError(f"{len(missing)} of {len(names)} images in '{images}' have no annotation; the first is "
                             f"'{missing[0]}': put {Path(missing[0]).stem}.png into {annotations}, or remove the image")
-        super().__init__([os.path.join(images, name) for name in names], [0] * len(names), cfg.classes, title=images)
+        super().__init__(paths, [0] * len(paths), cfg.classes, images, passed_over)
         self.annotations, self.cfg = annotations, cfg
 
     def segmentation(self, index: int) -> np.ndarray:
@@ -130,33 +137,112 @@ class AnnotatedFolder(Images):
         if wrong.size:
             raise UserError(f"the annotation '{path}' has the label {wrong[0] + self.cfg.reduce_zero_label}, but "
                             f"segment.classes names {len(self.cfg.classes)} classes: complete the list, or set "
-                            f"segment.ignore_index or segment.reduce_zero_label")
+                            f"segment.ignore_index or segment.reduce_zero_label (masks of 0 and 255 must hold 0 and 1)")
         return np.where(ignored, IGNORE, labels).astype(np.uint8)
 
 
-def open_datasets(config):
-    """Training and validation images with their masks, and the class names."""
+def open_split(config, split: Literal["train", "val"]) -> "AnnotatedFolder | Shapes":
+    """Training or validation images with their masks."""
     cfg = config.segment
     if config.data.dataset == "shapes":
         cfg.classes = ["background", *Shapes.classes]
-        return open_datasets(config.data)
+        return open_dataset(config.data, split)
     if config.data.dataset != "ade20k":
         raise UserError(f"data.dataset: {config.data.dataset} has no masks: set data.dataset to ade20k, for folders "
                         f"laid out as ADE20K's are, or to shapes")
-    if not 1 <= len(cfg.classes) < IGNORE:
+    if len(cfg.classes) == 1:
+        raise UserError(f"segment.classes lists '{cfg.classes[0]}' only, and one class cannot be told from anything: "
+                        f"name the background too")
+    if not 1 < len(cfg.classes) < IGNORE:
         raise UserError(f"segment.classes lists {len(cfg.classes)} names: list those of the annotations' classes, 254 "
                         f"at most")
-    root = os.path.expanduser(config.data.root)
-    return AnnotatedFolder(root, cfg.train_split, cfg), AnnotatedFolder(root, cfg.val_split, cfg)
+    folder = {"train": cfg.train_split, "val": cfg.val_split}[split]
+    return AnnotatedFolder(os.path.expanduser(config.data.root), folder, cfg)
 
 
 def load_pair(dataset, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
     """uint8 image [3, H, W] and labels [H, W]: two tensors that torchvision's transforms treat alike."""
     image, labels = TF.pil_to_tensor(dataset.load(index)), torch.from_numpy(dataset.segmentation(index))
-    if image.shape[1:] != labels.shape:
-        raise UserError(f"'{dataset.name(index)}' has {image.shape[2]} x {image.shape[1]} pixels, but its annotation "
-                        f"has {labels.shape[1]} x {labels.shape[0]}: make them agree, or remove both")
+    require_same_size(dataset.name(index), image.shape[1:], labels.shape)
     return tv_tensors.Image(image), tv_tensors.Mask(labels)
+
+
+def require_same_size(path: str, image: tuple[int, int], labels: tuple[int, int]) -> None:
+    """UserError if an image [H, W], as it is loaded, and its annotation [H, W] differ in size.
+
+    Cameras store photos turned, with an EXIF tag that says how to turn them upright. Images obey that tag here, as in
+    all scripts; an annotation is taken as it is stored, because it was drawn on what a program showed.
+    """
+    if tuple(image) == tuple(labels):
+        return
+    tag, turned, advice = read_header(path)[1], "", "make them agree, or remove both"
+    if tag != 1:
+        turned = f" when it is turned as its EXIF orientation tag ({tag}) says"
+    if tuple(image) == tuple(labels[::-1]):
+        advice = "they are turned against each other, so turn the annotation" + (
+            ", or save the image as it is stored but without the EXIF tag" if tag != 1 else " or the image")
+    raise UserError(f"'{path}' has {image[1]} x {image[0]} pixels{turned}, but its annotation has {labels[1]} x "
+                    f"{labels[0]}: {advice}")
+
+
+def read_header(path: str) -> tuple[tuple[int, int], int]:
+    """The size (H, W) that an image file is loaded with, and its EXIF orientation tag (1: upright), from its header."""
+    with Image.open(path) as image:
+        # Pillow would decode a whole PNG to look for a tag at its end, where hardly any program puts it.
+        tag = image.getexif().get(0x0112, 1) if image.format != "PNG" or "exif" in image.info else 1
+        width, height = image.size
+    return ((width, height) if 5 <= tag <= 8 else (height, width)), tag
+
+
+class Surveyed(Dataset):
+    """view[index]: int64 [257], how many pixels of an annotation have each label, and last the image's EXIF tag."""
+
+    def __init__(self, dataset: AnnotatedFolder):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Tensor:
+        labels, path, tag = torch.from_numpy(self.dataset.segmentation(index)), self.dataset.name(index), 1
+        try:
+            size, tag = read_header(path)
+        except Exception:  # what to do with an image that cannot be read is for those to say who need its pixels
+            size = labels.shape
+        require_same_size(path, size, labels.shape)
+        return torch.cat([labels.flatten().bincount(minlength=256), torch.tensor([tag])])
+
+
+def survey(run: Run, dataset: "AnnotatedFolder | Shapes", kind: Literal["training", "validation"]) -> None:
+    """Look at a split's annotations before hours are spent on them, and say what is in them: classes, ignored pixels.
+
+    UserError if nothing can be learned from them, or measured. An annotation of 680 x 512 pixels takes 10 to 20 ms of
+    one core, so of more than 2000 only 2000 are looked at, evenly chosen.
+    """
+    if not isinstance(dataset, AnnotatedFolder):
+        return
+    cfg, number = run.config.segment, min(2000, len(dataset))
+    chosen = torch.linspace(0, len(dataset) - 1, number).long().tolist()
+    mine = list(ValLoader(Surveyed(dataset), 32, workers=run.config.data.workers, indices=chosen))
+    rows = gather_in_order(torch.cat(mine).to(run.device), number).cpu()
+    counts, tags = rows[:, :-1].sum(dim=0), rows[:, -1]
+
+    occurring = counts[:len(cfg.classes)] > 0
+    ignored = f"{100 * counts[IGNORE] / counts.sum():.3g} % of the pixels are ignored ({cfg.ignore_index}"
+    ignored += " and 0)" if cfg.reduce_zero_label else ")"
+    if occurring.sum() < {"training": 2, "validation": 1}[kind]:
+        only = f"no class but '{cfg.classes[occurring.int().argmax()]}'" if occurring.any() else "no labelled pixel"
+        raise UserError(f"the {kind} annotations in '{dataset.annotations}' have {only}, and {ignored}: give each "
+                        f"class its number (masks of 0 and 255 must hold 0 and 1), or set segment.ignore_index to the "
+                        f"number of unlabelled pixels")
+    of_all = f"of {len(dataset)} " if number < len(dataset) else ""
+    say(f"{kind}: {number} {of_all}annotations have {occurring.sum()} of {len(cfg.classes)} classes, and {ignored}")
+    if absent := [name for name, occurs in zip(cfg.classes, occurring) if not occurs]:
+        say(f"note: no {kind} pixel has the class {shortened([repr(name) for name in absent])}")
+    # Where the size fits, nobody can tell which way an annotation was drawn: so this is no error.
+    if turned := [dataset.name(chosen[i]) for i in (tags != 1).nonzero().flatten()]:
+        say(f"note: {len(turned)} {kind} images have an EXIF orientation tag, the first is '{turned[0]}'. They are "
+            f"turned as it says, and their annotations are not: see that they fit")
 
 
 def scaled_size(height: int, width: int, cfg: SegmentConfig, factor: float = 1.0) -> list[int]:
@@ -357,6 +443,25 @@ def sliding_window(predict, image: Tensor, crop: int, stride: int) -> Tensor:
     return (total / times)[:, :height, :width]
 
 
+def segmented(precision: Run | Precision, model: Segmenter, image: Tensor, size: tuple[int, int], cfg: SegmentConfig,
+              chunk: int = 8) -> Tensor:
+    """The most likely class of each pixel, int64 [H, W] of the given `size`, of an image uint8 [3, h, w].
+
+    chunk   so many classes at a time are enlarged to `size`: all 150 of ADE20K would be 7 GB for a photo of a phone
+    """
+    def predict(windows: Tensor) -> Tensor:
+        with precision.autocast():
+            return model(windows)[0]
+
+    logits = sliding_window(predict, data.normalize(data.to_unit(image)), cfg.crop_size, cfg.stride)
+    best, labels = resize(logits[None, :chunk], size)[0].max(dim=0)
+    for first in range(chunk, len(logits), chunk):
+        values, ids = resize(logits[None, first:first + chunk], size)[0].max(dim=0)
+        labels = torch.where(values > best, ids + first, labels)
+        best = torch.maximum(values, best)
+    return labels
+
+
 def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
     """int64 [classes, classes]: how many pixels of the true class (row) were taken for a class (column)."""
     valid = labels != IGNORE
@@ -365,10 +470,11 @@ def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> T
 
 
 def segmentation_figures(confusion: Tensor) -> dict:
-    """From a confusion matrix: IoU and accuracy of each class (nan for one that never occurs), and three means.
+    """From a confusion matrix: IoU and accuracy of each class, and three means.
 
-    miou              mean over classes of  intersection / union  of predicted and true pixels
-    mean_accuracy     mean over classes of the share of their pixels that were found
+    miou              mean over classes of  intersection / union  of predicted and true pixels. A class that neither
+                      occurs nor is predicted is nan, and does not count
+    mean_accuracy     mean over the classes that occur of the share of their pixels that were found
     pixel_accuracy    share of all pixels that were right
     """
     confusion = confusion.double()
@@ -387,18 +493,13 @@ def evaluate(run: Run, model: Segmenter, loader, classes: list[str], painted: se
     cfg = run.config.segment
     model.eval()
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=run.device)
-
-    def predict(windows: Tensor) -> Tensor:
-        with run.autocast():
-            return model(windows)[0]
-
     for sample in loader:
         image, labels = (sample[key].to(run.device, non_blocking=True) for key in ("image", "labels"))
-        logits = sliding_window(predict, data.normalize(data.to_unit(image)), cfg.crop_size, cfg.stride)
-        prediction = resize(logits[None], labels.shape)[0].argmax(dim=0)  # [H, W]
+        prediction = segmented(run, model, image, labels.shape, cfg)
         confusion += confusion_matrix(labels, prediction, len(classes))
         if sample["index"] in painted:
-            paint(run.folder / "overlays", sample, prediction.cpu())
+            picture = run.folder / "overlays" / f"{Path(sample['name']).stem}.png"
+            paint(picture, sample["image"], [sample["labels"], prediction.cpu()])
     return all_reduce_sum(confusion)
 
 
@@ -409,8 +510,13 @@ def print_table(confusion: Tensor, classes: list[str]) -> None:
     for name, iou, accuracy in zip(classes, figures["iou"].tolist(), figures["accuracy"].tolist()):
         shown = ["-" if math.isnan(value) else f"{100 * value:.1f} %" for value in (iou, accuracy)]
         say(f"{name:<{width}}{shown[0]:>9}{shown[1]:>10}")
-    say(f"mIoU {100 * figures['miou']:.2f} %, mean accuracy {100 * figures['mean_accuracy']:.2f} %, pixel "
-               f"accuracy {100 * figures['pixel_accuracy']:.2f} %")
+    occurring, counted = (int(figures[name].isfinite().sum()) for name in ("accuracy", "iou"))
+    over = ""
+    if occurring < len(classes):
+        over = (f" (mean over {counted} of {len(classes)} classes: {occurring} that occur, and {counted - occurring} "
+                f"that are only predicted)")
+    say(f"mIoU {100 * figures['miou']:.2f} %{over}, mean accuracy {100 * figures['mean_accuracy']:.2f} %, "
+        f"pixel accuracy {100 * figures['pixel_accuracy']:.2f} %")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -431,70 +537,175 @@ def main() -> None:
     if cfg.iterations % cfg.eval_every:
         raise UserError(f"segment.iterations is {cfg.iterations} and segment.eval_every is {cfg.eval_every}: the first "
                         f"must be a multiple of the second")
-    run = Run("segment_scratch" if cfg.weights == "none" else "segment", config, cfg)
+    if cfg.eval_only and cfg.mode != "train":
+        raise UserError("segment.eval_only is for segment.mode=train: leave one of the two out")
+    modes = {"train": evaluate_only if cfg.eval_only else train, "predict": predict}
+    modes[cfg.mode](config)
+
+
+def train(config) -> None:
+    """Train a segmenter from a pre-trained backbone; validate after every `eval_every` steps and keep the best."""
+    cfg, size = config.segment, config.segment.crop_size
+    run = Run(stage_folder(cfg), config, cfg)
     if run.device_batch * (world_size() if run.device.type == "cuda" else 1) < 2:
         raise UserError("BatchNorm needs at least two images at once: raise segment.batch_size or "
                         "segment.device_batch_size, or use fewer processes")
-    train_set, val_set = open_datasets(config)
+    train_set, val_set = open_split(config, "train"), open_split(config, "val")
+    say(found(train_set, val_set))
     val_loader = ValLoader(WholeView(val_set, cfg), batch_size=None, workers=config.data.workers)
-    painted = set(torch.linspace(0, len(val_set) - 1, min(cfg.overlays, len(val_set))).long().tolist())
-
+    painted = evenly_chosen(val_set, cfg.overlays)
     model = Segmenter(len(cfg.classes), cfg.feature_layers, cfg.dropout, drop_path=cfg.drop_path,
-                      **config.model.backbone(cfg.crop_size))
-    if cfg.eval_only:
-        model.may_be_fresh = ()  # a segmenter with untrained heads has nothing to evaluate
-        path = stage_checkpoint(config, run.stage, cfg.checkpoint, "segment.checkpoint", "best.pt")
-        content = read_model(path, "model", config.model)
-        saved = content.get("config", {}).get("segment", {})
-        for key in ("classes", "feature_layers"):
-            here, there = list(getattr(cfg, key)), saved.get(key)
-            if there not in (None, here):
-                raise UserError(f"'{path}' was trained with segment.{key}={there}, not {here}: make them agree")
-        say(load_pretrained(model, content, source=str(path)))
-        print_table(evaluate(run, model.to(run.device), val_loader, cfg.classes, painted), cfg.classes)
-        return
+                      **config.model.backbone(size))
+    source, example = None, (torch.zeros(1, 3, size, size),)
     if cfg.weights != "none":
-        run.source = stage_checkpoint(config, "pretrain", cfg.weights, "segment.weights")
-        content = read_model(run.source, "model", config.model)
-        say_if_unfinished(content, run.source)
-        say(load_pretrained(model, content, source=str(run.source)))
-    model.to(run.device)
-    parallel = run.prepare(model)
-    optimizer = make_optimizer(parameter_groups(model, cfg.weight_decay, cfg.layer_decay), cfg)
-
-    loader = TrainLoader(CropView(train_set, config.seed, cfg), run.device_batch, config.seed,
-                              workers=config.data.workers)
+        source = stage_checkpoint(config, "pretrain", cfg.weights, "segment.weights")
+        content = read_model(source, "model", config.model)
+        say_if_unfinished(content, source)
+        say(load_pretrained(model, content, source=str(source)))
+    optimizer = make_optimizer(model.to(run.device), cfg, cfg.layer_decay)
     run.notes = {"classes": cfg.classes}
-    rounds = Rounds(loader, cfg.eval_every, run.accumulation)
-    run.begin(rounds, read_checkpoint, model=model, optimizer=optimizer)
+    parallel = run.begin(CropView(train_set, config.seed, cfg), source, example, cfg.eval_every, model=model,
+                         optimizer=optimizer)
+    if run.step == 0:
+        survey(run, val_set, "validation")
+        survey(run, train_set, "training")
     lr = poly_schedule(cfg.lr, cfg.iterations, cfg.warmup_iterations)
 
-    for round_ in run.epochs():
+    for epoch in run.epochs():  # of `eval_every` steps each
         parallel.train()
-        for micro_batches in run.steps(round_):
-            set_lr(optimizer, lr[run.step])
-            for batch in micro_batches:
-                images, labels = data.normalize(data.to_unit(batch["image"])), batch["labels"]
-                with run.autocast():
-                    logits, auxiliary_logits = parallel(images)
-                auxiliary_loss = segmentation_loss(auxiliary_logits, labels)
-                loss = segmentation_loss(logits, labels) + cfg.auxiliary_weight * auxiliary_loss
-                labelled = labels != IGNORE
-                accuracy = ((logits.argmax(dim=1) == labels) & labelled).sum() / labelled.sum().clamp(min=1)
-                run.record(loss=loss, accuracy=accuracy)
-                run.backward(loss)
-            run.optimizer_step(optimizer)
+        for step, batch, last in run.micro_batches(epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = lr[step] * group["lr_scale"]
+            labels = batch["labels"]  # uint8 [B, C, C]
+            with run.autocast():
+                logits, auxiliary_logits = parallel(data.normalize(data.to_unit(batch["image"])))  # [B, classes, C, C]
+            # The auxiliary head sees an early part of the network only, and gives it a gradient by a short way.
+            auxiliary_loss = segmentation_loss(auxiliary_logits, labels)
+            loss = segmentation_loss(logits, labels) + cfg.auxiliary_weight * auxiliary_loss
+            run.backward(loss)
+            labelled = labels != IGNORE
+            hits = (logits.argmax(dim=1) == labels) & labelled
+            run.record(loss=loss, accuracy=hits.sum() / labelled.sum().clamp(min=1))
+            if last:
+                run.scaler.unscale_(optimizer)
+                grad_norm = clip_gradients(optimizer, cfg.clip_grad)
+                run.scaler.step(optimizer)
+                run.scaler.update()
+                optimizer.zero_grad()
+                run.record(lr=lr[step], grad_norm=grad_norm)
 
         broadcast_buffers(model)  # the running statistics of BatchNorm, which on CPU each rank has of its own
         confusion = evaluate(run, model, val_loader, cfg.classes, painted)
         figures = {name: value for name, value in segmentation_figures(confusion).items() if isinstance(value, float)}
-        if figures["miou"] > run.best:
+        if not figures["miou"] <= run.best:  # nan too, where no pixel is labelled: there is a best.pt in any case
             run.best = figures["miou"]
             run.save_model("best.pt", model, val=figures)
-        run.end_epoch(round_, train={}, val=figures)
-        if round_ + 1 == cfg.epochs:
+        run.end_epoch(epoch, figures)
+        if epoch + 1 == cfg.epochs:
             print_table(confusion, cfg.classes)
-    run.finish()
+
+
+def stage_folder(cfg: SegmentConfig) -> str:
+    """Runs from an untrained backbone have a folder of their own."""
+    return "segment_scratch" if cfg.weights == "none" else "segment"
+
+
+def evenly_chosen(dataset, number: int) -> set[int]:
+    return set(torch.linspace(0, len(dataset) - 1, min(number, len(dataset))).long().tolist())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Act 5. Using what was trained. A reader of the method may skip this.
+
+
+def open_segmenter(config, path: Path, content: dict) -> tuple[Segmenter, SegmentConfig]:
+    """The model of a checkpoint of ours, for windows of `segment.crop_size`, and the section that it was trained with.
+
+    What the model is, its checkpoint says; how it looks at images, `config` says.
+    """
+    trained, model_config = restored(SegmentConfig, content, "segment"), restored(ModelConfig, content, "model")
+    if trained is None or model_config is None:
+        raise UserError(f"'{path}' does not say with which classes it was trained, so segment.py has not written it: "
+                        f"name a best.pt or last.pt of segment.py")
+    model = Segmenter(len(trained.classes), trained.feature_layers, trained.dropout,
+                      **model_config.backbone(config.segment.crop_size))
+    model.may_be_fresh = ()  # a segmenter with untrained heads has nothing to show
+    say(load_pretrained(model, content, source=str(path)))
+    return model.requires_grad_(False).eval(), trained
+
+
+def evaluate_only(config) -> None:
+    """Measure a checkpoint again, on the validation split. It must be of the configuration's own model and classes."""
+    cfg = config.segment
+    run = Run(stage_folder(cfg), config, cfg)
+    val_set = open_split(config, "val")
+    say(found(val_set))
+    path = stage_checkpoint(config, run.stage, cfg.checkpoint, "segment.checkpoint", "best.pt")
+    model, trained = open_segmenter(config, path, read_model(path, "model", config.model))
+    for key in ("classes", "feature_layers"):
+        here, there = list(getattr(cfg, key)), list(getattr(trained, key))
+        if there != here:
+            raise UserError(f"'{path}' was trained with segment.{key}={there}, not {here}: make them agree")
+    survey(run, val_set, "validation")
+    val_loader = ValLoader(WholeView(val_set, cfg), batch_size=None, workers=config.data.workers)
+    confusion = evaluate(run, model.to(run.device), val_loader, cfg.classes, evenly_chosen(val_set, cfg.overlays))
+    print_table(confusion, cfg.classes)
+
+
+class PhotoView(Dataset):
+    """view[index]: an image, scaled to fit, uint8 [3, h, w], its own size [H, W], and `error`: "", or why it cannot be
+    read, and then there is no image."""
+
+    def __init__(self, images: Images, cfg: SegmentConfig):
+        self.images, self.cfg = images, cfg
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        try:
+            image = TF.pil_to_tensor(data.load_strictly(self.images.load, self.images, index))
+        except UserError as error:
+            return {"index": index, "error": str(error)}
+        size = list(image.shape[1:])
+        return {"index": index, "error": "", "image": TF.resize(image, scaled_size(*size, self.cfg)), "size": size}
+
+
+@torch.no_grad()
+def predict(config) -> None:
+    """For each of `segment.images`, without annotations, write into OUTPUT_DIR/predict_masks/
+
+    masks/NAME.png      a class for each pixel of the image, numbered as in the annotations that the model learned from
+    overlays/NAME.png   the image, and the same in colours over it
+    """
+    cfg, device = config.segment, setup_distributed(config.device)
+    images = open_files(cfg.images)
+    path = stage_checkpoint(config, stage_folder(cfg), cfg.checkpoint, "segment.checkpoint", "best.pt")
+    model, trained = open_segmenter(config, path, read_checkpoint(path))
+    model.to(device)
+    precision, folder = Precision(config.precision, device), output_folder(config, "predict_masks")
+    names, errors = result_names([images.name(i) for i in range(len(images))]), {}
+    for sample in ValLoader(PhotoView(images, cfg), batch_size=None, workers=config.data.workers):
+        if sample["error"]:
+            errors[sample["index"]] = sample["error"]
+            continue
+        prediction = segmented(precision, model, sample["image"].to(device), sample["size"], cfg).cpu()
+        mask, overlay = (folder / kind / f"{names[sample['index']]}.png" for kind in ("masks", "overlays"))
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((prediction + trained.reduce_zero_label).byte().numpy()).save(mask)
+        paint(overlay, sample["image"], [prediction])
+    errors = from_all_ranks(errors)
+    refuse_unreadable(errors, len(images), f"the masks of the others are in '{folder}'")
+    say(f"masks of {len(images)} images: {folder / 'masks'}; to look at: {folder / 'overlays'}")
+
+
+def result_names(paths: list[str]) -> list[str]:
+    """For each image its path below the folder that all share, without its ending unless two would then be the same."""
+    paths = [os.path.abspath(path) for path in paths]
+    shared = os.path.commonpath([os.path.dirname(path) for path in paths])
+    paths = [os.path.relpath(path, shared) for path in paths]
+    stems = [os.path.splitext(path)[0] for path in paths]
+    return stems if len(set(stems)) == len(stems) else paths
 
 
 if __name__ == "__main__":

@@ -76,17 +76,17 @@ def mask_picture(image: torch.Tensor, masked: torch.Tensor, hits: torch.Tensor |
     return np.asarray(picture)
 
 
-def paint(folder: Path, sample: dict, prediction: Tensor) -> None:
-    """Write NAME.png: the image, the truth and the prediction side by side, the last two in colours over the image."""
-    labels = sample["labels"]
-    image = F.interpolate(data.to_unit(sample["image"])[None].cpu(), size=labels.shape, mode="bilinear")[0].permute(1, 2, 0).numpy()  # [H, W, 3]
+def paint(file: Path, image: Tensor, masks: list[Tensor]) -> None:
+    """Write an image uint8 [3, h, w], enlarged to its masks [H, W], and beside it each mask in colours over the image.
+    Where a mask has 255, only the image shows."""
+    image = F.interpolate(data.to_unit(image)[None], size=masks[0].shape, mode="bilinear")[0]
+    image = image.permute(1, 2, 0).numpy()  # [H, W, 3]
     panels, class_colours = [image], palette()
-    for shown in (labels.numpy(), prediction.numpy()):
-        colours = class_colours[shown]  # [H, W, 3]
-        panels.append(np.where(shown[..., None] == 255, image, 0.4 * image + 0.6 * colours))
-    folder.mkdir(parents=True, exist_ok=True)
+    for mask in masks:
+        panels.append(np.where(mask.numpy()[..., None] == 255, image, 0.4 * image + 0.6 * class_colours[mask.numpy()]))
+    file.parent.mkdir(parents=True, exist_ok=True)
     picture = np.concatenate(panels, axis=1)
-    Image.fromarray((255 * picture).round().astype(np.uint8)).save(folder / f"{Path(sample['name']).stem}.png")
+    Image.fromarray((255 * picture).round().astype(np.uint8)).save(file)
 
 
 def palette() -> np.ndarray:

@@ -3,6 +3,11 @@
 Its runs, alone and in two processes, are in test_scripts.py.
 """
 
+import contextlib
+import json
+import math
+import os
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -11,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as TF
 
 CODE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CODE))
 import data  # noqa: E402
 import segment  # noqa: E402
 from beitv2 import ModelError  # noqa: E402
-from support.datasets import SHAPES  # noqa: E402
+from support.datasets import SHAPES, found  # noqa: E402
 from support.errors import UserError  # noqa: E402
 from support.pictures import paint, palette  # noqa: E402
 
@@ -26,7 +32,7 @@ IGNORE = segment.IGNORE
 
 def config(root="", **options):
     cfg = segment.SegmentConfig(**dict(classes=["road", "tree", "sky"], crop_size=16, short_side=24, long_side=48) | options)
-    return types.SimpleNamespace(data=data.DataConfig("ade20k", root=str(root)), segment=cfg)
+    return types.SimpleNamespace(data=data.DataConfig("ade20k", root=str(root), workers=0), segment=cfg)
 
 
 def write(root: Path, name="a", image=None, labels=None, split="training", ending=".jpg", **save) -> tuple[Path, Path]:
@@ -127,7 +133,7 @@ def test_pictures_of_every_kind(tmp_path):
 def test_shapes_come_with_their_masks():
     given = types.SimpleNamespace(data=data.DataConfig("shapes", image_size=32, train_images=10, val_images=3),
                                   segment=segment.SegmentConfig())
-    train_set, val_set = segment.open_datasets(given)
+    train_set, val_set = (segment.open_split(given, split) for split in ("train", "val"))
     assert len(val_set) == 3 and given.segment.classes == ["background", *SHAPES]
     for i in range(10):
         assert set(np.unique(train_set.segmentation(i))) == {0, 1 + train_set.label(i)}
@@ -136,9 +142,9 @@ def test_shapes_come_with_their_masks():
 def test_data_sets_without_masks_are_refused():
     given = types.SimpleNamespace(data=data.DataConfig("cifar10"), segment=segment.SegmentConfig())
     with pytest.raises(UserError, match="cifar10 has no masks"):
-        segment.open_datasets(given)
+        segment.open_split(given, "train")
     with pytest.raises(UserError, match="segment.classes lists 0 names"):
-        segment.open_datasets(config(classes=[]))
+        segment.open_split(config(classes=[]), "val")
 
 
 # -- augmentation -------------------------------------------------------------------------------------------------
@@ -354,9 +360,262 @@ def test_the_schedule_rises_and_then_falls_to_zero():
 def test_overlays_show_image_truth_and_prediction(tmp_path):
     labels = torch.tensor([[0, 1], [IGNORE, 2]], dtype=torch.uint8)
     image = torch.full((3, 2, 2), 100, dtype=torch.uint8)
-    paint(tmp_path, {"image": image, "labels": labels, "name": "x/y.jpg"}, torch.tensor([[0, 1], [2, 2]]))
+    paint(tmp_path / "y.png", image, [labels, torch.tensor([[0, 1], [2, 2]])])
     picture = np.asarray(Image.open(tmp_path / "y.png")).astype(int)
     assert picture.shape == (2, 6, 3)
     assert (picture[:, :2] == 100).all() and (picture[1, 2] == 100).all(), "unlabelled pixels show the image"
     assert (picture[0, 2:4] == picture[0, 4:6]).all() and (picture[1, 4] == picture[1, 5]).all()
     assert len({tuple(colour) for colour in palette()[:150]}) == 150
+
+
+# -- what is in the masks -------------------------------------------------------------------------------------------
+
+
+def surveyed(root: Path, capsys, kind="training", **options) -> str:
+    """What `survey` says of ROOT/annotations/training."""
+    given = config(root, **options)
+    run = types.SimpleNamespace(config=given, device=torch.device("cpu"))
+    segment.survey(run, segment.AnnotatedFolder(str(root), "training", given.segment), kind)
+    return capsys.readouterr().out
+
+
+def test_classes_that_never_occur_and_ignored_pixels_are_said(tmp_path, capsys):
+    write(tmp_path, "a", labels=np.array([[0, 0, 0, 255]] * 2, np.uint8))
+    write(tmp_path, "b", labels=np.array([[0, 0, 2, 2]] * 2, np.uint8))
+    said = surveyed(tmp_path, capsys)
+    assert "training: 2 annotations have 2 of 3 classes, and 12.5 % of the pixels are ignored (255)" in said
+    assert "no training pixel has the class 'tree'" in said and "'sky'" not in said
+    write(tmp_path, "a", labels=np.array([[0, 0, 0, 1]] * 2, np.uint8))
+    assert "note" not in surveyed(tmp_path, capsys)
+    assert "25 % of the pixels are ignored (2)" in surveyed(tmp_path, capsys, ignore_index=2)
+
+
+def test_binary_masks_of_0_and_255_are_refused(tmp_path, capsys):
+    """255 is what counts for nothing: with it ignored there is one class only, which every model gets right."""
+    two = dict(classes=["background", "lesion"])
+    write(tmp_path, labels=np.array([[0, 0, 0, 255]] * 2, np.uint8))
+    with pytest.raises(UserError, match="no class but 'background', and 25 % .* ignored .255.*must hold 0 and 1"):
+        surveyed(tmp_path, capsys, **two)
+    assert "no validation pixel has the class 'lesion'" in surveyed(tmp_path, capsys, "validation", **two)
+    with pytest.raises(UserError, match="label 255, but .*masks of 0 and 255 must hold 0 and 1"):
+        surveyed(tmp_path, capsys, ignore_index=254, **two)
+    write(tmp_path, labels=np.array([[0, 0, 0, 1]] * 2, np.uint8))
+    assert "2 of 2 classes" in surveyed(tmp_path, capsys, **two)
+
+
+def test_a_validation_split_without_a_labelled_pixel_is_refused(tmp_path, capsys):
+    write(tmp_path, labels=np.array([[0, 255]] * 2, np.uint8))
+    with pytest.raises(UserError, match="validation annotations .*no labelled pixel, and 100 % .*255 and 0"):
+        surveyed(tmp_path, capsys, "validation", reduce_zero_label=True)
+
+
+def test_one_class_is_refused(tmp_path):
+    with pytest.raises(UserError, match="'lesion' only, and one class cannot .*: name the background too"):
+        segment.open_split(config(tmp_path, classes=["lesion"], reduce_zero_label=True), "train")
+
+
+def test_the_table_says_over_which_classes_its_mean_is(capsys):
+    confusion = torch.zeros(4, 4, dtype=torch.int64)
+    confusion[0, 0], confusion[1, 1], confusion[0, 2] = 6, 2, 2  # the third is only predicted, the fourth not even that
+    segment.print_table(confusion, [*"abcd"])
+    assert "mIoU 58.33 % (mean over 3 of 4 classes: 2 that occur, and 1 that are only predicted)" in capsys.readouterr().out
+    segment.print_table(torch.eye(3, dtype=torch.int64), [*"abc"])
+    assert "mIoU 100.00 %, mean" in capsys.readouterr().out
+
+
+# -- photos that are stored turned ----------------------------------------------------------------------------------
+
+
+def write_turned(root: Path, labels: np.ndarray, name="a", ending=".jpg", tag=6) -> tuple[Path, Image.Image]:
+    """A photo that is dark above and light below, 24 x 32 pixels upright, stored turned with an EXIF tag, and a mask."""
+    upright = Image.fromarray(np.repeat([[[40] * 3], [[200] * 3]], 16, axis=0).repeat(24, axis=1).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    stored = upright.transpose(Image.Transpose.ROTATE_90) if tag == 6 else upright
+    return write(root, name, stored, labels, ending=ending, exif=exif, quality=95)[0], upright
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".png"])
+def test_an_exif_tag_turns_the_image_to_its_annotation(tmp_path, capsys, ending):
+    labels = np.repeat([[0], [1]], 16, axis=0).repeat(24, axis=1).astype(np.uint8)
+    path, upright = write_turned(tmp_path, labels, ending=ending)
+    image, mask = segment.load_pair(dataset(tmp_path), 0)
+    assert image.shape == (3, 32, 24) and (mask.numpy() == labels).all()
+    assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - np.asarray(upright)).max() <= 3
+    said = surveyed(tmp_path, capsys)
+    assert f"1 training images have an EXIF orientation tag, the first is '{path}'" in said
+
+
+def test_an_annotation_of_the_image_as_it_is_stored_names_exif(tmp_path, capsys):
+    path, _ = write_turned(tmp_path, np.repeat([[0] * 16 + [1] * 16], 24, axis=0).astype(np.uint8))
+    expected = f"{path}' has 24 x 32 pixels when it is turned as its EXIF orientation tag .6. says, but its annotation " \
+               f"has 32 x 24: they are turned against each other.* without the EXIF tag"
+    with pytest.raises(UserError, match=expected):
+        segment.load_pair(dataset(tmp_path), 0)
+    with pytest.raises(UserError, match=expected):  # before training, not when its turn comes
+        surveyed(tmp_path, capsys)
+    Image.fromarray(np.full((32, 24, 3), 90, np.uint8)).save(path)  # without a tag
+    with pytest.raises(UserError, match="24 x 32 pixels, but its annotation has 32 x 24: they are turned against") as caught:
+        segment.load_pair(dataset(tmp_path), 0)
+    assert "EXIF" not in str(caught.value)
+
+
+def test_a_tag_that_changes_no_size_is_named(tmp_path, capsys):
+    """Upside down: the size fits whichever way the annotation was drawn."""
+    labels = np.repeat([[0], [1]], 16, axis=0).repeat(24, axis=1).astype(np.uint8)
+    write_turned(tmp_path, labels, "a", tag=1)
+    path, upright = write_turned(tmp_path, labels, "b", tag=3)
+    assert f"note: 1 training images have an EXIF orientation tag, the first is '{path}'" in surveyed(tmp_path, capsys)
+    image, _ = segment.load_pair(dataset(tmp_path), 1)
+    assert image[0, 0, 0] > 150, "the image obeys the tag"
+
+
+# -- files beside the images ----------------------------------------------------------------------------------------
+
+
+def test_files_that_are_no_images_are_passed_over_and_counted(tmp_path):
+    write(tmp_path)
+    folder = tmp_path / "images/training"
+    for name in ("._a.jpg", "b.gif", "c.gif", "d.heic"):
+        (folder / name).write_bytes(b"x")
+    (folder / ".thumbnails").mkdir()
+    (folder / ".thumbnails/a.jpg").write_bytes(b"x")
+    images = dataset(tmp_path)
+    assert len(images) == 1
+    assert found(images).endswith("; passed over: 2 .gif, 2 hidden, 1 .heic")
+
+
+# -- whole runs -----------------------------------------------------------------------------------------------------
+
+SMALL = """
+device: cpu
+precision: fp32
+data: {dataset: ade20k, workers: 0}
+model: {embed_dim: 16, depth: 4, num_heads: 2, patch_size: 8}
+segment: {weights: none, crop_size: 32, stride: 20, short_side: 32, long_side: 64, feature_layers: [0, 1, 2, 3],
+  iterations: 2, eval_every: 1, warmup_iterations: 1, batch_size: 2, lr: 1e-3, reduce_zero_label: true,
+  classes: [road, tree], overlays: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A data set of four pairs in each split, a config, and a segmenter trained with them."""
+    folder = tmp_path_factory.mktemp("segment")
+    (folder / "small.yaml").write_text(SMALL)
+    for split in ("training", "validation"):
+        for i in range(4):
+            noise = np.random.default_rng(i).integers(0, 90, (40, 48, 3), dtype=np.uint8)
+            labels = np.zeros((40, 48), np.uint8)
+            labels[4:, :20], labels[4:, 20:] = 1, 2
+            write(folder / "set", str(i), Image.fromarray(noise + 60 * labels[..., None]), labels, split, ".png")
+    start(folder)
+    return folder
+
+
+def start(home: Path, *changes: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))  # one thread
+        patch.setattr(sys, "argv", ["segment.py", str(home / "small.yaml"), f"data.root={home / 'set'}",
+                                    f"output_dir={home / 'out'}", *changes])
+        segment.main()
+
+
+def test_training_says_what_is_in_the_masks_and_keeps_the_best(home):
+    lines = [json.loads(line) for line in (home / "out/segment_scratch/metrics.jsonl").read_text().splitlines()]
+    scores = [line["val"]["miou"] for line in lines if "val" in line]
+    best = torch.load(home / "out/segment_scratch/best.pt", weights_only=True)
+    assert len(scores) == 2 and best["val"]["miou"] == max(scores) and best["classes"] == ["road", "tree"]
+
+
+def test_the_best_model_is_saved_even_if_nothing_can_be_measured(home, tmp_path, monkeypatch):
+    for i in range(4):
+        write(tmp_path / "set", str(i), labels=np.full((40, 48), 255, np.uint8), split="validation")
+        write(tmp_path / "set", str(i), labels=np.repeat([[1] * 24 + [2] * 24], 40, axis=0).astype(np.uint8))
+    (tmp_path / "small.yaml").write_text(SMALL)
+    with pytest.raises(UserError, match="validation annotations .* no labelled pixel"):
+        start(tmp_path)
+    assert not (tmp_path / "out/segment_scratch/last.pt").exists()
+    monkeypatch.setattr(segment, "survey", lambda *given: None)
+    start(tmp_path)
+    assert math.isnan(torch.load(tmp_path / "out/segment_scratch/best.pt", weights_only=True)["val"]["miou"])
+
+
+def test_eval_only_needs_the_validation_split_only(home, tmp_path, capsys):
+    for kind in ("images", "annotations"):
+        shutil.copytree(home / "set" / kind / "validation", tmp_path / kind / "validation")
+    start(home, "segment.eval_only=true", f"data.root={tmp_path}")
+    said = capsys.readouterr().out
+    best = torch.load(home / "out/segment_scratch/best.pt", weights_only=True)["val"]
+    assert f"mIoU {100 * best['miou']:.2f} %" in said and f"accuracy {100 * best['pixel_accuracy']:.2f} %" in said
+    assert "validation: 4 annotations have 2 of 2 classes, and 10 % of the pixels are ignored (255 and 0)" in said
+
+
+def opened(home: Path) -> segment.Segmenter:
+    model = segment.Segmenter(2, (0, 1, 2, 3), image_size=32, patch_size=8, embed_dim=16, depth=4, num_heads=2,
+                              layer_scale=0.1, rel_pos_bias="per_block")
+    model.load_state_dict(torch.load(home / "out/segment_scratch/best.pt", weights_only=True)["model"])
+    return model.eval()
+
+
+@torch.no_grad()
+def test_predict_writes_masks_and_overlays_of_images_without_annotations(home, tmp_path):
+    """Numbered as the annotations are, at each image's own size; two images of one name have two masks; a file that is no
+    image is named, and the others get their masks. The model is that of the checkpoint, whatever the config says."""
+    photos = tmp_path / "photos"
+    for name, size in (("a/x.png", (48, 40)), ("b/x.png", (70, 33))):
+        (photos / name).parent.mkdir(parents=True)
+        noise = np.random.default_rng(size[0]).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(noise).save(photos / name)
+    (photos / "a/._x.png").write_bytes(b"x")
+    given = "segment.mode=predict", f"segment.images={photos}"
+    start(home, *given, "model.num_heads=4", "model.depth=2", "segment.classes=[a,b,c]", "segment.reduce_zero_label=false",
+          f"segment.checkpoint={home}/out/segment_scratch/best.pt", f"output_dir={tmp_path}/out")
+    model, folder = opened(home), tmp_path / "out/predict_masks"
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png")) == \
+        ["masks/a/x.png", "masks/b/x.png", "overlays/a/x.png", "overlays/b/x.png"]
+    cfg = segment.SegmentConfig(crop_size=32, stride=20, short_side=32, long_side=64)
+    seen = set()
+    for name in ("a/x.png", "b/x.png"):
+        image = torch.from_numpy(np.array(Image.open(photos / name))).permute(2, 0, 1)
+        scaled = TF.resize(image, segment.scaled_size(*image.shape[1:], cfg))
+        logits = segment.sliding_window(lambda x: model(x)[0], data.normalize(data.to_unit(scaled)), 32, 20)
+        expected = segment.resize(logits[None], image.shape[1:])[0].argmax(dim=0) + 1
+        mask = Image.open(folder / "masks" / name)
+        assert mask.mode == "L" and (np.asarray(mask) == expected.numpy()).all()
+        assert Image.open(folder / "overlays" / name).size == (2 * mask.width, mask.height)
+        seen |= set(np.unique(np.asarray(mask)))
+    assert seen == {1, 2}, "else this proves little"
+
+    (photos / "b/broken.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match=f"b/broken.jpg' cannot be read .*; the masks of the others are in '{tmp_path}/new"):
+        start(home, *given, f"segment.checkpoint={home}/out/segment_scratch/best.pt", f"output_dir={tmp_path}/new")
+    assert len(list((tmp_path / "new/predict_masks/masks").rglob("*.png"))) == 2
+
+
+def test_predict_wants_a_segmenter(home, tmp_path):
+    torch.save({"model": opened(home).state_dict()}, tmp_path / "nameless.pth")
+    with pytest.raises(UserError, match="nameless.pth' does not say with which classes it was trained"):
+        start(home, "segment.mode=predict", f"segment.images={home}/set", f"segment.checkpoint={tmp_path}/nameless.pth")
+    with pytest.raises(UserError, match="torchrun segment.py"):
+        start(home, "segment.mode=predict", f"segment.images={home}/set", f"output_dir={tmp_path}")
+    with pytest.raises(UserError, match="leave one of the two out"):
+        start(home, "segment.mode=predict", "segment.eval_only=true")
+
+
+def test_names_of_results():
+    assert segment.result_names(["/x/a/1.jpg", "/x/b/1.jpg", "/x/2.png"]) == ["a/1", "b/1", "2"]
+    assert segment.result_names(["/x/a/1.jpg"]) == ["1"]
+    assert segment.result_names(["/x/1.jpg", "/x/1.png", "/x/2.png"]) == ["1.jpg", "1.png", "2.png"]
+
+
+@torch.no_grad()
+def test_classes_in_chunks_give_what_all_at_once_give():
+    model, cfg = tiny().eval(), config(crop_size=32, stride=20).segment
+    image = torch.randint(256, (3, 40, 50), dtype=torch.uint8)
+    precision = types.SimpleNamespace(autocast=contextlib.nullcontext)
+    logits = segment.sliding_window(lambda x: model(x)[0], data.normalize(data.to_unit(image)), 32, 20)
+    expected = segment.resize(logits[None], (91, 77))[0].argmax(dim=0)
+    for chunk in (1, 2, 8):
+        assert torch.equal(segment.segmented(precision, model, image, (91, 77), cfg, chunk), expected)
+    assert len(expected.unique()) == 3
