@@ -86,13 +86,13 @@ def train(config) -> None:
     check_blocks(cfg, size // config.model.patch_size)
     run = Run("pretrain", config, cfg)  # knows processes, devices, the log and checkpoints: nothing of the method
 
-    # The tokenizer is frozen. It plays the part that labels play in supervised learning, but no person made them.
-    tokenizer, source = load_tokenizer(config, cfg.tokenizer_weights, "pretrain.tokenizer_weights")
-
     # Each training sample brings its crop, the factors of its colour jitter, and its mask (data.block_mask).
     train_set, val_set = open_datasets(config.data)
     view = TrainView(train_set, config.seed, size, cfg.crop_scale, cfg.jitter, cfg.num_masked,
                      size // config.model.patch_size, cfg.min_block, views=config.data.views)
+
+    # The tokenizer is frozen. It plays the part that labels play in supervised learning, but no person made them.
+    tokenizer, source = load_tokenizer(config, cfg.tokenizer_weights, "pretrain.tokenizer_weights")
 
     # Only the student learns. `student` is the same model as `model`, compiled and synchronised between processes if
     # asked for.

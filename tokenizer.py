@@ -402,7 +402,8 @@ def load_tokenizer(config, given: str, key: str) -> "tuple[VQKD | teacher_codes.
     given   path or URL; empty: OUTPUT_DIR/tokenizer/last.pt. `key` is the option that gives it
 
     Our checkpoints say what they hold, and that counts: `config.tokenizer` is set to it, and nobody has to repeat stage
-    1's options in stage 2. Published checkpoints do not say it; there the configuration must describe the model.
+    1's options in stage 2. Published checkpoints do not say it; there the configuration must describe the model, but
+    for the decoder, which nobody needs any more.
     """
     path = stage_checkpoint(config, "tokenizer", given, key)
     content = read_checkpoint(path)
@@ -415,7 +416,10 @@ def load_tokenizer(config, given: str, key: str) -> "tuple[VQKD | teacher_codes.
     if config.tokenizer.encoder == "teacher":
         model = teacher_codes.build(config, open_teacher(config), Quantizer)
     else:
-        model = build_vqkd(config, len(model_state(content, str(path)).get("decode_task_layer.2.bias", [0])))
+        state = model_state(content, str(path))
+        if not saved:
+            config.tokenizer.decoder_depth = len({name.split(".")[2] for name in state if "decoder.blocks." in name})
+        model = build_vqkd(config, teacher_dim=len(state.get("decode_task_layer.2.bias", [0])))
     say(load_pretrained(model, content, source=str(path)))
     say(f"codes: K = {model.num_ids}, {model.vectors.shape[1]} numbers each")
     return model.requires_grad_(False).eval(), path

@@ -74,14 +74,18 @@ class Frozen:
         """
         run, images = self.run, self.images
         some = torch.linspace(0, len(images) - 1, min(64, len(images))).long().tolist()
-        pixels = [images[row]["image"] for row in some]
-        with torch.no_grad(), run.autocast():
-            shape = self.ask(to_unit(pixels[0][None].to(run.device))).shape[1:]
-        described = [about, len(images), list(shape), dtype, run.precision.name,
-                     hashlib.sha256(torch.stack(pixels).numpy().tobytes()).hexdigest()]
+        pixels = torch.stack([images[row]["image"] for row in some])
+        described = [about, len(images), dtype, run.precision.name, hashlib.sha256(pixels.numpy().tobytes()).hexdigest()]
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:8]
         path = cache_folder(run.config) / f"{name}-{digest}.npy"
-        on_main(lambda: make_file(path, (len(images), *shape), dtype))
+
+        def make() -> None:
+            if not is_whole(path, len(images), dtype):
+                with torch.no_grad(), run.autocast():
+                    shape = self.ask(to_unit(pixels[:1].to(run.device))).shape[1:]
+                make_file(path, (len(images), *shape), dtype)
+
+        on_main(make)
         values = np.load(path, mmap_mode="r+")
 
         blocks = [range(first, min(first + CACHE_BATCH, len(values))) for first in range(0, len(values), CACHE_BATCH)]
@@ -109,17 +113,23 @@ def unset(dtype: str) -> float | int:
     return -np.inf if np.dtype(dtype).kind == "f" else -1
 
 
+def is_whole(path: Path, rows: int, dtype: str) -> bool:
+    """Whether the file is there with so many rows. A damaged one is removed."""
+    if not path.exists():
+        return False
+    try:
+        values = np.load(path, mmap_mode="r")
+        if (len(values), values.dtype) == (rows, np.dtype(dtype)):
+            return True
+    except (ValueError, EOFError):  # foreign, truncated or empty
+        pass
+    say(f"note: '{path}' is damaged, and is made anew")
+    path.unlink()
+    return False
+
+
 def make_file(path: Path, shape: tuple[int, ...], dtype: str) -> None:
-    """Make the file, all of it unset, unless it is there and whole."""
-    if path.exists():
-        try:
-            values = np.load(path, mmap_mode="r")
-            if (values.shape, values.dtype) == (shape, np.dtype(dtype)):
-                return
-        except (ValueError, EOFError):  # foreign, truncated or empty
-            pass
-        say(f"note: '{path}' is damaged, and is made anew")
-        path.unlink()
+    """Make the file, all of it unset."""
     row = np.full((1, *shape[1:]), unset(dtype), dtype)
     size = f"{shape[0] * row.nbytes / 2**20:,.0f} MiB"
     say(f"cache of {shape[0]} images, {size}: {path}")

@@ -1,8 +1,8 @@
 """support/frozen.py: what a frozen network says of images that never change is computed once."""
 
+import contextlib
 import errno
 import os
-import pickle
 import sys
 import types
 from pathlib import Path
@@ -13,136 +13,167 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
+from support import frozen  # noqa: E402
 from support.errors import UserError  # noqa: E402
-from support.frozen import Cache, cache_folder  # noqa: E402
+from support.frozen import Frozen, cache_folder  # noqa: E402
 from support.loaders import TrainLoader, ValLoader  # noqa: E402
 from test_data import shapes  # noqa: E402
 
 
-def mean_colours(batch: dict) -> torch.Tensor:
-    return batch["image"].float().mean(dim=(2, 3))
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(frozen, "CACHE_BATCH", 16)
 
 
-def make_cache(path: Path, seed=3, scale=(0.08, 1.0), compute=mean_colours, **about) -> Cache:
-    crops = data.FixedCrops(data.TrainView(shapes(), seed, 16, scale, views=2))
-    cache = Cache(path, "colours", crops, {"network": "mean"} | about, (3,), "float32")
-    return cache.fill(compute, 16, torch.device("cpu"), 0, "colours")
+def mean_colours(images: torch.Tensor) -> torch.Tensor:
+    return images.mean(dim=(2, 3))
 
 
-def refuse(batch: dict):
+def run_of(path: Path, **options):
+    config = types.SimpleNamespace(output_dir=str(path), data=data.DataConfig(**dict(cache=str(path), views=2, workers=0)
+                                                                              | options))
+    return types.SimpleNamespace(config=config, device=torch.device("cpu"), compiles=False,
+                                 precision=types.SimpleNamespace(name="fp32"), autocast=contextlib.nullcontext)
+
+
+def make(path: Path, ask=mean_colours, seed=3, scale=(0.08, 1.0), about="mean", dtype="float32", view=None) -> Frozen:
+    view = view or data.TrainView(shapes(), seed, 16, scale, num_masked=6, mask_grid=4, min_block=2, views=2)
+    return Frozen(run_of(path), ask, "colours", view, about, dtype)
+
+
+def refuse(images: torch.Tensor):
     raise AssertionError("computed again")
 
 
+def file_in(path: Path) -> Path:
+    [file] = path.iterdir()
+    return file
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_cached_values_arrive_with_their_sample(tmp_path, workers):
-    view = data.TrainView(shapes(), 3, 16, num_masked=6, mask_grid=4, views=2)
-    view.attached["colours"] = make_cache(tmp_path)
+def test_each_batch_gets_the_answers_for_its_own_crops(tmp_path, workers):
+    view = data.TrainView(shapes(), 3, 16, num_masked=6, mask_grid=4, min_block=2, views=2)
+    colours = make(tmp_path, view=view)
+    colours.ask = refuse  # from here on, the file answers
     loader = TrainLoader(view, 8, seed=1, workers=workers)
     for epoch in (0, 1, 2):
         for batch in loader.epoch(epoch):
-            assert torch.equal(batch["colours"], mean_colours(batch))
+            assert torch.equal(colours(batch), mean_colours(batch["image"] / 255))
     val = data.ValView(shapes("val"), 16)
-    val.attached["colours"] = Cache(tmp_path, "colours", val, {}, (3,), "float32").fill(
-        mean_colours, 7, torch.device("cpu"), 0, "colours")
+    colours = make(tmp_path, view=val)
     batch = next(iter(ValLoader(val, 8, rank=1, world_size=2)))
-    assert torch.equal(batch["colours"], mean_colours(batch))
+    assert torch.equal(colours(batch), mean_colours(batch["image"] / 255))
 
 
-def test_a_cache_reaches_a_worker_that_is_not_forked(tmp_path):
-    cache = make_cache(tmp_path)
-    assert torch.equal(pickle.loads(pickle.dumps(cache))[7], cache[7]) and len(pickle.dumps(cache)) < 10**6
+@pytest.mark.parametrize("dtype, answer, given", [("float16", torch.float32, 0.25), ("int32", torch.int64, 7),
+                                                  ("float32", torch.float32, 0.1)])
+def test_answers_are_float32_or_int64_whatever_the_file_holds(tmp_path, dtype, answer, given):
+    said = make(tmp_path, lambda images: torch.full((len(images), 2), given), dtype=dtype)({"row": torch.tensor([3, 79])})
+    assert said.dtype == answer and torch.equal(said, torch.full((2, 2), given).to(answer))
+    assert np.load(file_in(tmp_path)).dtype == dtype
+
+
+def test_without_a_cache_fixed_crops_are_seen_as_they_are_and_new_ones_as_the_student_sees_them():
+    for views, seen in ((2, 0.0), (0, 1.0)):
+        view = data.TrainView(shapes(), 3, 16, jitter=0.4, views=views)
+        colours = Frozen(run_of(Path("nowhere"), views=views, cache="none"), mean_colours, "colours", view, "", "float32")
+        batch = {"image": torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "row": torch.tensor([0, 1])}
+        assert torch.equal(colours(batch, torch.ones(2, 3, 16, 16)), torch.full((2, 3), seen))
+        assert torch.equal(colours(batch), torch.zeros(2, 3))
+
+
+def test_answers_have_no_gradient(tmp_path):
+    layer = torch.nn.Linear(3, 2)
+    view = data.TrainView(shapes(), 3, 16)
+    asked = Frozen(run_of(tmp_path, views=0), lambda images: layer(mean_colours(images)), "x", view, "", "float32")
+    assert not asked({"image": torch.zeros(2, 3, 16, 16, dtype=torch.uint8)}).requires_grad
 
 
 def test_a_cache_is_computed_once_and_goes_on_where_it_was(tmp_path):
     computed = []
 
-    def interrupted(batch):
-        if len(computed) == 3:
-            raise KeyboardInterrupt
-        computed.append(mean_colours(batch))
-        return computed[-1]
+    def interrupted(images):
+        if len(images) > 1:
+            if len(computed) == 3:
+                raise KeyboardInterrupt
+            computed.append(None)
+        return mean_colours(images)
 
     with pytest.raises(KeyboardInterrupt):
-        make_cache(tmp_path, compute=interrupted)
-    pieces = make_cache(tmp_path, compute=lambda batch: computed.append(None) or mean_colours(batch))
+        make(tmp_path, interrupted)
+    pieces = make(tmp_path, lambda images: computed.append(None) or mean_colours(images))
     assert len(computed) == 5  # 80 crops in blocks of 16, none of them twice
-    whole = make_cache(tmp_path / "whole")
-    assert all(torch.equal(pieces[row], whole[row]) for row in range(80))
-    make_cache(tmp_path, compute=refuse)
+    assert np.array_equal(pieces.values, make(tmp_path / "whole").values) and len(pieces.values) == 80
+    make(tmp_path, refuse)
 
 
 def test_other_crops_networks_or_data_sets_have_a_cache_of_their_own(tmp_path):
-    first = make_cache(tmp_path)
-    for other in (make_cache(tmp_path, scale=(0.5, 1.0)), make_cache(tmp_path, network="median")):
-        assert other.folder != first.folder
-    crops = data.FixedCrops(data.TrainView(shapes(size=40), 3, 16, views=2))  # as many images, but others
-    assert Cache(tmp_path, "colours", crops, {"network": "mean"}, (3,), "float32").folder != first.folder
-    assert make_cache(tmp_path, compute=refuse).folder == first.folder
-    assert make_cache(tmp_path, seed=4, compute=refuse).folder == first.folder  # a run's seed changes no crop
+    make(tmp_path)
+    for number, options in enumerate((dict(scale=(0.5, 1.0)), dict(about="median"), dict(dtype="float16"), dict(
+            view=data.TrainView(shapes(size=40), 3, 16, views=2))), 2):  # the last: as many images, but others
+        make(tmp_path, **options)
+        assert len(list(tmp_path.iterdir())) == number
+    make(tmp_path, refuse)
+    make(tmp_path, refuse, seed=4)  # a run's seed changes no crop
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "no text", "missing"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "no array"])
 def test_a_damaged_cache_is_noticed_and_made_anew(tmp_path, capsys, damage):
-    first = make_cache(tmp_path)
-    values = [first[row] for row in range(80)]
-    file = first.folder / ("about.json" if damage == "no text" else "values.npy")
+    values = np.array(make(tmp_path).values)
+    file = file_in(tmp_path)
     if damage == "truncated":
         os.truncate(file, file.stat().st_size - 10)
     elif damage == "empty":  # what a machine that lost its power leaves behind
         os.truncate(file, 0)
     elif damage == "foreign":
-        np.save(file, np.zeros((80, 4), np.float32))
-    elif damage == "no text":
-        file.write_bytes(b"\xff\x00")
+        np.save(file, np.zeros((79, 3), np.float32))
     else:
-        file.unlink()
-    again = make_cache(tmp_path)
+        file.write_bytes(b"\xff\x00")
+    again = make(tmp_path)
     assert "is damaged, and is made anew" in capsys.readouterr().out
-    assert all(torch.equal(again[row], value) for row, value in enumerate(values))
+    assert np.array_equal(again.values, values)
 
 
 def test_a_cache_that_cannot_be_read_now_is_not_thrown_away(tmp_path, monkeypatch):
-    cache = make_cache(tmp_path)
+    make(tmp_path)
 
     def too_many_files(*_, **__):
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(np, "load", too_many_files)
     with pytest.raises(OSError, match="Too many"):
-        make_cache(tmp_path)
+        make(tmp_path)
     monkeypatch.undo()
-    assert make_cache(tmp_path, compute=refuse).folder == cache.folder
+    monkeypatch.setattr(frozen, "CACHE_BATCH", 16)
+    make(tmp_path, refuse)
 
 
 def test_two_runs_that_start_at_once_share_one_cache(tmp_path, monkeypatch):
-    """While one run still writes its empty files, another finds no half ones: it makes its own, and is first."""
+    """While one run still writes its empty file, another finds no half one: it makes its own, and is first."""
     write, first = np.lib.format.write_array_header_1_0, []
 
     def slow(file, header):
         if not first:
             first.append(None)
-            monkeypatch.setattr(os, "getpid", lambda: 12345)  # the other run is another process
-            first.append(make_cache(tmp_path))
-            monkeypatch.undo()
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: 12345)  # the other run is another process
+                first.append(make(tmp_path))
         write(file, header)
 
     monkeypatch.setattr(np.lib.format, "write_array_header_1_0", slow)
-    second = make_cache(tmp_path, compute=refuse)  # the first one has done the work
-    assert second.folder == first[1].folder and list(tmp_path.iterdir()) == [second.folder]
-    assert torch.equal(second[79], first[1][79])
+    second = make(tmp_path, lambda images: mean_colours(images) if len(images) == 1 else refuse(images))
+    assert file_in(tmp_path) and np.array_equal(second.values, first[1].values)
 
 
 def test_a_cache_with_gaps_is_not_used(tmp_path):
     """Such as on a network disk, where one machine's writes may undo another's."""
-    crops = data.FixedCrops(data.TrainView(shapes(), 3, 16, views=2))
-    cache = Cache(tmp_path, "colours", crops, {}, (3,), "float32")
-
-    def compute(batch):
-        cache.done[:5] = False
-        return mean_colours(batch)
+    def undo(images):
+        for file in tmp_path.iterdir():
+            np.load(file, mmap_mode="r+")[:16] = -np.inf
+        return mean_colours(images)
 
     with pytest.raises(UserError, match="has gaps.*data.cache=FOLDER"):
-        cache.fill(compute, 16, torch.device("cpu"), 0, "colours")
+        make(tmp_path, undo)
 
 
 def test_a_full_disk_is_told_before_anything_is_computed(tmp_path, monkeypatch):
@@ -151,10 +182,8 @@ def test_a_full_disk_is_told_before_anything_is_computed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
     with pytest.raises(UserError, match="cannot write the cache .*No space left.*free some space.*data.cache=none"):
-        make_cache(tmp_path, compute=refuse)
+        make(tmp_path, lambda images: mean_colours(images) if len(images) == 1 else refuse(images))
     assert not list(tmp_path.iterdir())
-    monkeypatch.undo()
-    make_cache(tmp_path)
 
 
 def test_where_caches_lie():

@@ -239,10 +239,9 @@ def test_a_mean_start_gives_the_mean_of_the_teacher_whatever_the_code():
     model = vqkd.VQKD(16, 4, width, width, codebook_size=4, codebook_dim=4, teacher_dim=6)
     batches = [{"image": torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)} for _ in range(2)]
     teacher = lambda images: images.flatten(1)[:, :96].view(-1, 16, 6) + 0.1  # noqa: E731
-    run = types.SimpleNamespace(config=config, autocast=contextlib.nullcontext, micro_batches=lambda given: given,
-                                loader=types.SimpleNamespace(epoch=lambda epoch: batches))
+    run = types.SimpleNamespace(config=config, autocast=contextlib.nullcontext, first_batches=lambda: batches)
     codebook = model.quantize.embedding.weight.clone()
-    vqkd.start_from_first_batch(run, model, teacher)
+    vqkd.start_from_first_batch(run, model, lambda batch: teacher(batch["image"] / 255))
     assert torch.equal(model.quantize.embedding.weight, codebook)
     features = torch.cat([teacher(batch["image"] / 255) for batch in batches])  # [4, 16, 6]
     mean = F.normalize(features, dim=-1).mean(dim=(0, 1))
@@ -273,10 +272,10 @@ def test_pixels_are_the_patch_itself_without_its_brightness_and_contrast():
 
 def test_kmeans_codes_of_a_teacher_are_the_nearest_means_of_its_features():
     torch.manual_seed(0)
-    model = TeacherTokenizer(Pixels(4), grid=2, codebook_size=5).eval()
+    model = TeacherTokenizer(Pixels(4), 2, vqkd.Quantizer(5, 48), about={}).eval()
     images = torch.rand(3, 3, 8, 8)
     features = Pixels(4)(images)
-    cosine = F.normalize(features, dim=-1) @ model.quantize.embedding.weight.T  # [3, 4, 5]
+    cosine = F.normalize(features, dim=-1) @ model.vectors.T  # [3, 4, 5]
     assert torch.equal(model.token_ids(images), cosine.argmax(dim=-1))
     loss, _, ids = model(images, features)
     assert torch.equal(ids, cosine.argmax(dim=-1)) and torch.allclose(loss, 1 - cosine.amax(dim=-1).mean(), atol=1e-6)
@@ -284,16 +283,16 @@ def test_kmeans_codes_of_a_teacher_are_the_nearest_means_of_its_features():
 
 def test_a_bag_of_codes_forgets_order_and_tames_frequent_codes():
     ids = torch.tensor([[0, 2, 2, 2, 2], [2, 0, 2, 2, 2]])
-    assert torch.equal(vqkd.bag_of_codes(ids, 4), torch.tensor([[1.0, 0, 2, 0]]).expand(2, 4))
+    assert torch.equal(vqkd.bag_of_ids(ids, 4), torch.tensor([[1.0, 0, 2, 0]]).expand(2, 4))
 
 
 def test_the_bag_of_codes_tells_whether_codes_mean_anything():
     """Codes that name an image's class give all of its neighbours that class; constant codes leave it to chance."""
     labels = torch.arange(40) % 4
 
-    def accuracy(code_of, knn=True):
+    def accuracy(code_of, knn=True, classes=4):
         class Model(torch.nn.Module):
-            quantize = types.SimpleNamespace(embedding=types.SimpleNamespace(num_embeddings=8))
+            num_ids = 8
 
             def token_ids(self, images):
                 return code_of((images[:, 0, 0, 0] * 255).long())[:, None].expand(-1, 16)
@@ -305,16 +304,19 @@ def test_the_bag_of_codes_tells_whether_codes_mean_anything():
             chosen = range(len(labels))
 
         images = labels[:, None, None, None].expand(-1, 3, 4, 4).to(torch.uint8)
-        batches = Loader({"image": i, "label": l, "features": torch.zeros(len(l), 16, 2)}
-                         for i, l in zip(images.split(7), labels.split(7)))
+        batches = Loader({"image": i, "label": l if classes else 0 * l} for i, l in zip(images.split(7), labels.split(7)))
         run = types.SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext)
-        return vqkd.evaluate(run, Model(), None, batches, batches if knn else None, 4)
+        return vqkd.evaluate(run, Model(), lambda batch: None, batches, batches if knn else None, classes)
 
     meaningful, empty = accuracy(lambda label: label + 3), accuracy(lambda label: 0 * label)
     assert meaningful["bag_knn"] == 1 and empty["bag_knn"] == 0.25
     assert meaningful["one_class"] == 1 and empty["one_class"] == 0
     assert accuracy(lambda label: label.clamp(min=1))["one_class"] == 1  # two classes share code 1, half and half
     assert accuracy(lambda label: (label == 3).long())["one_class"] == 0.5  # three classes share code 0
+    unlabelled = accuracy(lambda label: label + 3, knn=False, classes=0)
+    assert unlabelled.keys() == {"cosine_loss", "usage", "perplexity"} and unlabelled["usage"] == 4 / 8
     assert abs(meaningful["perplexity"] - 4) < 1e-6 and meaningful["cosine_loss"] == 0.5
     without = accuracy(lambda label: label + 3, knn=False)
     assert without == {name: value for name, value in meaningful.items() if name != "bag_knn"}
+    unlabelled = accuracy(lambda label: label + 3, knn=False, classes=0)
+    assert unlabelled.keys() == {"cosine_loss", "usage", "perplexity"} and unlabelled["usage"] == 4 / 8
