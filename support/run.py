@@ -354,6 +354,7 @@ class Run:
             keep_lines(self.metrics.file, step=-1, epochs_done=0)
             self.write_config()
         self.metrics.write({"epoch": 0, "step": 0, "val": val})
+        on_main(lambda: None)  # the others wait until the files are there
         say(f"{self.stage}: {', '.join(f'{name} {value:.4g}' for name, value in val.items())}")
 
     def picture(self, name: str, pixels: Any) -> None:

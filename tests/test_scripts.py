@@ -341,7 +341,8 @@ def test_kmeans_codes_of_the_teacher(home, two_ranks, monkeypatch):
              for name in ("teacher", "two_teacher")}
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(codes["teacher"].token_ids(images), codes["two_teacher"].token_ids(images))
-    assert "another model or codebook" in refusal("pretrain", home, "wrong_kind", *TEACHER_CODES)  # VQ-KD's weights
+    vqkd, _ = tokenizer.load_tokenizer(config_of(home, *TEACHER_CODES), f"{home}/base/tokenizer/last.pt", "")
+    assert isinstance(vqkd, tokenizer.VQKD)  # the checkpoint says what it is
     page = start("visualize", home, "teacher", *TEACHER_CODES, "pretrain.tokenizer_weights=", "visualize.decoder_steps=2",
                  "visualize.images=8") / "report.html"
     assert "paints each image" in page.read_text()
