@@ -162,9 +162,9 @@ def open_split(config, split: Literal["train", "val"]) -> "AnnotatedFolder | Sha
 
 def load_pair(dataset, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
     """uint8 image [3, H, W] and labels [H, W]: two tensors that torchvision's transforms treat alike."""
-    image, labels = TF.pil_to_tensor(dataset.load(index)), torch.from_numpy(dataset.segmentation(index))
+    image, labels = TF.to_image(dataset.load(index)), torch.from_numpy(dataset.segmentation(index))
     require_same_size(dataset.name(index), image.shape[1:], labels.shape)
-    return tv_tensors.Image(image), tv_tensors.Mask(labels)
+    return image, tv_tensors.Mask(labels)
 
 
 def require_same_size(path: str, image: tuple[int, int], labels: tuple[int, int]) -> None:
@@ -664,7 +664,7 @@ class PhotoView(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         try:
-            image = TF.pil_to_tensor(data.load_strictly(self.images.load, self.images, index))
+            image = TF.to_image(data.load_strictly(self.images.load, self.images, index)).as_subclass(Tensor)
         except UserError as error:
             return {"index": index, "error": str(error)}
         size = list(image.shape[1:])
