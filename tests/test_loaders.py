@@ -1,0 +1,192 @@
+"""support/loaders.py: epochs, ranks and workers, and what happens when images cannot be read."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data  # noqa: E402
+from support import loaders  # noqa: E402
+from support.datasets import open_dataset  # noqa: E402
+from support.errors import UserError  # noqa: E402
+from support.loaders import TrainLoader, ValLoader  # noqa: E402
+from test_data import all_same, folder, full_view, same, shapes, truncate  # noqa: E402
+
+
+# --- epochs ----------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_the_same_for_any_number_of_workers():
+    view = full_view(shapes(count=23))
+    alone, helped = (TrainLoader(view, 4, seed=1, workers=workers) for workers in (0, 2))
+    assert alone.batches_per_epoch == 5
+    for epoch in (0, 1):  # twice: the workers live on
+        assert all_same(alone.epoch(epoch), helped.epoch(epoch))
+
+
+def test_an_epoch_restarts_in_its_middle():
+    view = full_view(shapes(count=23))
+    whole = list(TrainLoader(view, 4, seed=1).epoch(3))
+    assert all_same(whole[2:], TrainLoader(view, 4, seed=1).epoch(3, start=2))
+    interrupted = TrainLoader(view, 4, seed=1, workers=2)
+    next(interrupted.epoch(3))  # left with samples under way
+    assert all_same(whole[2:], interrupted.epoch(3, start=2))
+    assert list(TrainLoader(view, 4, seed=1).epoch(3, start=5)) == []
+
+
+def test_epochs_are_shuffled_and_hold_each_image_once():
+    loader = TrainLoader(data.TrainView(shapes(count=20), 0, 16), 4, seed=1)
+    first, second = ([i for batch in loader.epoch(e) for i in batch["index"].tolist()] for e in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(20)) and first != second and first != sorted(first)
+
+
+def test_two_ranks_see_together_what_one_sees():
+    view = full_view(shapes(count=27))
+    one = list(TrainLoader(view, 8, seed=1).epoch(1))
+    ranks = [list(TrainLoader(view, 4, seed=1, rank=rank, world_size=2).epoch(1)) for rank in (0, 1)]
+    assert len(one) == len(ranks[0]) == len(ranks[1]) == 3
+    for whole, even, odd in zip(one, *ranks):
+        together = {key: torch.stack([even[key], odd[key]], 1).flatten(0, 1) for key in whole}
+        assert same(whole, together)
+
+
+def test_more_ranks_than_images():
+    view = data.TrainView(shapes(count=3), 0, 16)
+    with pytest.raises(UserError, match="4 process.* need 4 training images .* only 3"):
+        TrainLoader(view, 1, seed=0, world_size=4)
+    with pytest.raises(UserError, match="only 3"):
+        TrainLoader(view, 4, seed=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_workers_leave_signals_to_the_parent(number, monkeypatch):
+    monkeypatch.setattr(loaders, "cores", lambda: 2)  # there are at most as many workers
+    loader = TrainLoader(data.TrainView(shapes(count=40), 0, 16), 2, seed=1, workers=2)
+    epoch = loader.epoch(0)
+    batches = [next(epoch), next(epoch)]  # one of each worker: so both have started, and ignore the signals
+    workers = [process for process in multiprocessing.active_children() if process.daemon]  # others: test_course.py's
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, number)
+    assert len(batches + list(epoch)) == 20
+
+
+def test_an_unforeseen_error_ends_the_run_although_workers_ignore_signals():
+    """Python would wait for the workers for ever: the traceback holds the loader, and so they are not told to end."""
+    code = """
+import data, tests.test_data as these
+from support.loaders import TrainLoader
+from support.launch import launch
+
+def main():
+    loader = TrainLoader(data.TrainView(these.shapes(), 0, 16), 2, seed=1, workers=2)
+    for batch in loader.epoch(0):
+        batch["a typing error"]
+
+launch(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent, capture_output=True, text=True,
+                          timeout=100)
+    assert done.returncode == 1 and done.stderr.rstrip().endswith("KeyError: 'a typing error'")
+
+
+def test_the_loader_leaves_the_default_generator_alone():
+    loader = TrainLoader(full_view(shapes()), 4, seed=1)
+    before = torch.get_rng_state()
+    list(loader.epoch(0)), list(ValLoader(data.ValView(shapes(), 16), 4))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- validation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_each_validation_image_counts_once(world_size):
+    loaders = [ValLoader(data.ValView(shapes("val", 10), 16), 3, rank, world_size) for rank in range(world_size)]
+    batches = [batch for loader in loaders for batch in loader]
+    assert sorted(i for batch in batches for i in batch["index"].tolist()) == list(range(10))
+    assert len(batches) == sum(map(len, loaders))
+    assert all(torch.equal(batch["label"], batch["index"] % 10) for batch in batches)
+
+
+def test_a_chosen_few_are_divided_among_the_ranks():
+    loaders = [ValLoader(data.ValView(shapes("val", 10), 16), 2, rank, 2, indices=[7, 1, 4]) for rank in (0, 1)]
+    assert [[i for batch in loader for i in batch["index"].tolist()] for loader in loaders] == [[7, 4], [1]]
+    with pytest.raises(UserError, match="cannot be shared by 2 processes"):  # on every rank, or one would wait for ever
+        ValLoader(data.ValView(shapes("val", 10), 16), 2, 0, 2, indices=[7])
+
+
+# --- broken images -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_training_image_is_named_and_replaced(tmp_path, capsys, workers):
+    config = folder(tmp_path, train=120)
+    broken = tmp_path / "train/dog/007.png"
+    truncate(broken)
+    dataset = open_dataset(config, "train")
+    loader = TrainLoader(data.TrainView(dataset, 0, 16), 10, seed=0, workers=workers)
+    for epoch in (0, 1):
+        batches = list(loader.epoch(epoch))
+        indices = torch.cat([batch["index"] for batch in batches]).tolist()
+        labels = torch.cat([batch["label"] for batch in batches]).tolist()
+        assert len(indices) == 120 and str(broken) not in map(dataset.name, indices)
+        assert labels == [dataset.label(i) for i in indices], "the label must be the replacement's"
+    assert loader.unreadable == {str(broken)}
+    assert capsys.readouterr().err.count(str(broken)) == 1
+
+
+def test_a_stream_runs_over_the_ends_of_epochs():
+    """27 images make 3 batches of 8, of which 2 are asked for: the stream is the same wherever it begins."""
+    def indices(batches):
+        return [batch["index"].tolist() for batch in batches]
+
+    view = data.TrainView(shapes(count=27), 0, 16)
+    for per_epoch in (2, 3):
+        whole = TrainLoader(view, 8, seed=0)
+        expected = [batch for epoch in range(4) for batch in indices(whole.epoch(epoch))[:per_epoch]]
+        for first in range(5):
+            stream = TrainLoader(view, 8, seed=0).stream(first, per_epoch)
+            assert indices(itertools.islice(stream, 3)) == expected[first:first + 3]
+
+
+def test_each_rank_may_meet_its_share_of_unreadable_images():
+    """Of 800 images, 1 % is 8: for each of four ranks, which sees 200 of them in an epoch, it is 2."""
+    loader = TrainLoader(data.TrainView(shapes(count=800), 0, 16), 4, seed=0, rank=3, world_size=4)
+    loader.count_unreadable(["a", "", "b\na"])
+    with pytest.raises(UserError, match="3 of 200 .* more than 1 %"):
+        loader.count_unreadable(["c"])
+
+
+def test_too_many_unreadable_training_images_end_the_run(tmp_path):
+    config = folder(tmp_path, train=120)
+    truncate(tmp_path / "train/dog/007.png")
+    (tmp_path / "train/cat/010.png").write_text("no image at all")
+    loader = TrainLoader(data.TrainView(open_dataset(config, "train"), 0, 16), 10, seed=0)
+    with pytest.raises(UserError, match="2 of 120 training images cannot be read"):
+        list(loader.epoch(0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_but_unreadable_images(tmp_path, workers):
+    config = folder(tmp_path, train=8)
+    for file in (tmp_path / "train").rglob("*.png"):
+        truncate(file)
+    loader = TrainLoader(data.TrainView(open_dataset(config, "train"), 0, 16), 4, seed=0, workers=workers)
+    with pytest.raises(UserError, match=r"^ten images in a row cannot be read[^\n]*\.png[^\n]*$"):
+        list(loader.epoch(0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_validation_image_is_an_error(tmp_path, workers):
+    config = folder(tmp_path)
+    truncate(tmp_path / "val/cat/004.png")
+    with pytest.raises(UserError, match=r"^the image '.*val/cat/004.png' cannot be read[^\n]*$"):
+        list(ValLoader(data.ValView(open_dataset(config, "val"), 16), 4, workers=workers))
