@@ -26,14 +26,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import data
 from beitv2 import (ModelConfig, ModelError, VisionTransformer, load_pretrained, parameter_groups, read_checkpoint,
                     read_model)
-from support.datasets import Images, Shapes
+from support.datasets import SUFFIXES, Images, Shapes, find_images
 from support.errors import UserError, one_line
 from support.files import say_if_unfinished, stage_checkpoint
 from support.launch import launch
@@ -98,15 +97,16 @@ class AnnotatedFolder(Images):
             if not os.path.isdir(folder):
                 raise UserError(f"data.root: there is no folder '{folder}': put the images into {images} and their "
                                 f"annotations, as PNG of the same name, into {annotations}, or set data.root=PATH")
-        names = sorted(name for name in os.listdir(images) if name.lower().endswith(IMG_EXTENSIONS))
+        paths, passed_over = find_images(images, nested=False)
+        names = [os.path.basename(os.fsdecode(path)) for path in paths]
         if not names:
-            raise UserError(f"data.root: '{images}' holds no image ({', '.join(IMG_EXTENSIONS)}): put images there")
+            raise UserError(f"data.root: '{images}' holds no image ({', '.join(SUFFIXES)}): put images there")
         annotated = set(os.listdir(annotations))
         missing = [name for name in names if f"{Path(name).stem}.png" not in annotated]
         if missing:
             raise UserError(f"{len(missing)} of {len(names)} images in '{images}' have no annotation; the first is "
                             f"'{missing[0]}': put {Path(missing[0]).stem}.png into {annotations}, or remove the image")
-        super().__init__([os.path.join(images, name) for name in names], [0] * len(names), cfg.classes, title=images)
+        super().__init__(paths, [0] * len(paths), cfg.classes, images, passed_over)
         self.annotations, self.cfg = annotations, cfg
 
     def segmentation(self, index: int) -> np.ndarray:

@@ -1,65 +1,299 @@
+"""Where images come from: folders, torchvision's data sets, and the drawn `shapes`; and how one is decoded.
+
+No reader of the method needs this file: a data set has `classes`, `labels`, len(), load(i), label(i) and name(i).
+"""
+
 import glob
+import hashlib
 import os
+import sys
+from collections import Counter
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from torchvision import datasets as tv
 
-from support.errors import UserError, one_line
-from support.processes import on_main
+from support.errors import UserError, explained, one_line
+from support.processes import on_main, rank, say
+
+SUFFIXES = (*tv.folder.IMG_EXTENSIONS, ".jfif")  # of image files, in lower case
+HELD_OUT = 0.1  # share of a folder's images that serve for validation where there is no folder for it
 
 
-def open_dataset(config, split: Literal["train", "val"]):
+def open_dataset(config, split: Literal["train", "val"]) -> "Images | Shapes":
     """The data set's `split`; a missing, empty or inconsistent one is a UserError that says what to do."""
+    return open_splits(config, split)[0]
+
+
+def open_datasets(config) -> "list[Images] | list[Shapes]":
+    """Both splits, [train, val], and a line that says what was found. Where there is something to download, one process
+    does it while the others wait."""
+    if config.download:
+        on_main(lambda: open_splits(config, "train", "val") and None)
+    splits = open_splits(config, "train", "val")
+    say(found(*splits))
+    return splits
+
+
+def open_splits(config, *splits: str) -> "list[Images] | list[Shapes]":
     if config.dataset == "ade20k":
         raise UserError("data.dataset: ade20k is for segment.py: for the other scripts, set data.dataset to "
                         "imagefolder or to a named data set")
     if config.dataset == "shapes":
-        return Shapes(split, config.train_images if split == "train" else config.val_images, config.image_size)
+        counts = {"train": config.train_images, "val": config.val_images}
+        return [Shapes(split, counts[split], config.image_size) for split in splits]
     root = os.path.expanduser(config.root)
-    if os.path.exists(root) and not os.path.isdir(root):
-        raise UserError(f"data.root: '{root}' is a file: set data.root to the folder that holds the images")
-    return open_folder(root, split) if config.dataset == "imagefolder" else open_named(config, root, split)
+    if not os.path.isdir(root) and (os.path.exists(root) or config.dataset == "imagefolder"):
+        raise UserError(f"data.root: '{root}' is {'a file' if os.path.exists(root) else 'not there'}: set data.root "
+                        f"to the folder that holds the images")
+    if config.dataset == "imagefolder":
+        return open_folder(root, *splits)
+    opened = [open_named(config, root, split) for split in splits]
+    # Such as an Imagenette whose unpacking was interrupted. Its labels number the folders that are there, so they
+    # would mean other classes in each split.
+    if opened[0].classes != opened[-1].classes:
+        raise UserError(f"data.dataset: {config.dataset} is not whole in '{root}': "
+                        f"{differing(opened[0].classes, opened[-1].classes)}: fetch or unpack it again")
+    return opened
 
 
-def open_datasets(config):
-    """Both splits, (train, val). If there is something to download, one process does it while the others wait."""
-    if config.download:
-        on_main(lambda: (open_dataset(config, "train"), open_dataset(config, "val")) and None)
-    return open_dataset(config, "train"), open_dataset(config, "val")
+def require_labels(dataset, what: str) -> None:
+    """UserError if `what`, such as "a linear probe", cannot be made of these images: it needs two classes or more."""
+    if not dataset.labelled:
+        raise UserError(f"{what} needs the class of each image, and those in '{dataset.title}' have none: put them "
+                        f"into a folder for each class, ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, and set "
+                        f"data.root=ROOT")
+    if len(dataset.classes) == 1:
+        raise UserError(f"{what} needs two classes or more, and '{dataset.title}' has only '{dataset.classes[0]}': one "
+                        f"class cannot be told from anything, so add a folder of other images")
+
+
+# --- folders of images -----------------------------------------------------------------------------------------
+
+
+def open_folder(root: str, *splits: str) -> "list[Images]":
+    """The `splits`, "train" or "val", of a folder of images.
+
+    With class folders in ROOT/train, images are labelled: ROOT/{train,val}/CLASS, with the same classes in both, which
+    are numbered in alphabetical order. Any other folder holds images without labels, nested as they are. Training
+    images are then those of ROOT/train, or without this folder all of ROOT but ROOT/val.
+
+    Without a folder ROOT/val, about a tenth of the images is held out for validation. A hash of an image's name decides
+    it. So the same images are held out in any order, in any place, and whatever is added later.
+    """
+    train_folder, val_folder = os.path.join(root, "train"), os.path.join(root, "val")
+    classes, has_val = class_folders(train_folder), os.path.isdir(val_folder)
+    if classes and has_val and classes != class_folders(val_folder):
+        raise UserError(f"data.root: '{train_folder}' and '{val_folder}' must hold the same class folders, but "
+                        f"{differing(classes, class_folders(val_folder))}: add or remove these")
+    open_it = open_classes if classes else open_unlabelled
+    opened = []
+    if not has_val or "train" in splits:
+        opened.append(open_it(train_folder if os.path.isdir(train_folder) else root))
+    if not has_val:
+        opened = hold_out(opened[0], root)
+    elif "val" in splits:
+        opened.append(open_it(val_folder))
+    return opened if len(opened) == len(splits) else [opened[split == "val"] for split in splits]
+
+
+def open_classes(folder: str) -> "Images":
+    """FOLDER/CLASS/*.jpg, and what lies in folders there; labels number the class folders in alphabetical order."""
+    classes = class_folders(folder)
+    if not classes:
+        raise UserError(f"data.root: '{folder}' has no class folders: put the images into {folder}/CLASS/*.jpg")
+    paths, labels, passed_over = [], [], Counter()
+    for label, name in enumerate(classes):
+        files, others = find_images(os.path.join(folder, name))
+        if not files:
+            raise UserError(f"data.root: the class folder '{os.path.join(folder, name)}' holds no image "
+                            f"({', '.join(SUFFIXES)}{passed_text(others)}): put images there, or remove the folder")
+        paths += files
+        labels += [label] * len(files)
+        passed_over += others
+    loose, others = find_images(folder, nested=False)
+    passed_over += others + Counter({"outside of class folders": len(loose)})
+    return Images(paths, labels, classes, folder, passed_over)
+
+
+def open_unlabelled(folder: str) -> "Images":
+    paths, passed_over = find_images(folder, but=os.path.join(folder, "val"))
+    if not paths:
+        raise UserError(f"data.root: there is no image in '{folder}' ({', '.join(SUFFIXES)}{passed_text(passed_over)}): "
+                        f"set data.root=PATH to a folder of images, or, for images with classes, to one that holds "
+                        f"train/CLASS/*.jpg and val/CLASS/*.jpg")
+    return Images(paths, [0] * len(paths), [], folder, passed_over)
+
+
+def hold_out(images: "Images", root: str) -> "list[Images]":
+    """Divide images into those to train on and about a tenth to validate on, at least one of each."""
+    if len(images) < 2:
+        raise UserError(f"data.root: '{images.title}' holds one image only, and training and validation need one each: "
+                        f"add images")
+    start = len(os.fsencode(root))
+    numbers = np.array([int.from_bytes(hashlib.sha256(images.path(i)[start:].lstrip(b"/")).digest()[:8], "little")
+                        for i in range(len(images))], dtype=np.uint64)
+    held_out = numbers < HELD_OUT * 2.0**64
+    held_out[numbers.argmin()], held_out[numbers.argmax()] = True, False
+    train, val = (Images([images.path(i) for i in np.flatnonzero(chosen)], images.labels[chosen], images.classes,
+                         images.title) for chosen in (~held_out, held_out))
+    train.passed_over = images.passed_over
+    val.title += " (held out, by a hash of the name)"
+    return [train, val]
+
+
+def differing(one: list[str], other: list[str]) -> str:
+    names = sorted(set(one) ^ set(other))
+    return f"only one of them has {', '.join(names[:5])}{' …' * (len(names) > 5)}"
+
+
+def class_folders(folder: str) -> list[str]:
+    """The names of the folders in a folder; [] if there is no such folder."""
+    if not os.path.isdir(folder):
+        return []
+    with explained(f"the folder '{folder}' cannot be read", "repair it, or set data.root=PATH", OSError):
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not hidden(entry.name))
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder of this name is a program's own: thumbnails, a waste bin, a Mac's `._` files."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")
+
+
+def find_images(folder: str, nested: bool = True, but: str | None = None) -> tuple[list[bytes], Counter]:
+    """The paths of the images in a folder (and in the folders there, if `nested`), in order, and how many other files
+    of each kind were passed over.
+
+    Symbolic links are followed, but each folder counts once: a link that points upwards leads back to where it is, and
+    its images would be found again and again. A folder `but` is left out.
+    """
+    suffixes = tuple(map(os.fsencode, SUFFIXES))
+    found, passed_over = [], Counter()
+    folders, seen = [os.fsencode(folder)], {os.path.realpath(os.fsencode(path)) for path in (folder, but) if path}
+    while folders:
+        here, names = folders.pop(), []
+        with explained(f"the folder '{os.fsdecode(here)}' cannot be read", "repair or remove it", OSError):
+            entries = sorted(os.scandir(here), key=lambda entry: entry.name)
+        for entry in entries:
+            is_image = entry.name.lower().endswith(suffixes)
+            if hidden(os.fsdecode(entry.name)):
+                passed_over["hidden"] += is_image or entry.is_dir()
+            elif entry.is_dir():
+                real = os.path.realpath(entry.path)
+                if nested and real not in seen:
+                    seen.add(real)
+                    folders.append(entry.path)
+            elif is_image:
+                names.append(entry.name)
+            else:
+                passed_over[os.fsdecode(os.path.splitext(entry.name)[1].lower()) or "without a suffix"] += 1
+        found.append((here, names))
+    return [os.path.join(here, name) for here, names in sorted(found) for name in names], +passed_over
+
+
+def open_files(pattern: str) -> "Images":
+    """The image at a path, those of a folder and its sub-folders, or those that a pattern such as *.jpg finds; `**` is
+    any number of folders. Files that are no images are passed over, if it does not name them."""
+    pattern, passed_over = os.path.expanduser(pattern), Counter()
+    if os.path.isdir(pattern):
+        paths, passed_over = find_images(pattern)
+    elif os.path.isfile(pattern):
+        paths = [os.fsencode(pattern)]
+    else:
+        given = set(Path(pattern).parts)
+        paths = []
+        for path in sorted(glob.glob(pattern, recursive=True)):
+            suffix = os.path.splitext(path)[1].lower()
+            if any(hidden(part) for part in set(Path(path).parts) - given):
+                passed_over["hidden"] += 1
+            elif os.path.isfile(path) and (suffix in SUFFIXES or not pattern.endswith("*")):
+                paths.append(os.fsencode(path))
+            elif os.path.isfile(path):
+                passed_over[suffix or "without a suffix"] += 1
+    existing = [path for path in paths if os.path.isfile(path)]
+    passed_over += Counter({"broken links": len(paths) - len(existing)})
+    if not existing:
+        raise UserError(f"there is no image at '{pattern}'{passed_text(passed_over)}: give the path of an image or "
+                        f"folder, or a pattern such as '*.jpg'")
+    images = Images(existing, [0] * len(existing), [], pattern, passed_over)
+    if rank() == 0:  # on stderr: what a script prints of these images is its result
+        print(found(images), file=sys.stderr)
+    return images
+
+
+def open_val_folder(config) -> "Images | Shapes":
+    """What to evaluate: the validation split, or, for an `imagefolder` without training images, the class folders of
+    ROOT/val or of ROOT."""
+    root = os.path.expanduser(config.root)
+    if config.dataset == "imagefolder" and os.path.isdir(root) and not os.path.isdir(os.path.join(root, "train")):
+        val_folder = os.path.join(root, "val")
+        images = open_classes(val_folder if os.path.isdir(val_folder) else root)
+    else:
+        images = open_dataset(config, "val")
+    say(found(images))
+    return images
+
+
+def found(*splits: "Images | Shapes") -> str:
+    """Such as "12,345 images of 37 classes in ROOT/train, 800 in ROOT/val; passed over: 12 .gif, 3 .heic"."""
+    classes = len(splits[0].classes)
+    kind = f"of {classes} class{'es' * (classes > 1)}" if classes else "without classes"
+    counts = [f"{len(split):,} {'' if i else f'images {kind} '}in {split.title}" for i, split in enumerate(splits)]
+    return ", ".join(counts) + passed_text(sum((split.passed_over for split in splits), Counter()))
+
+
+def passed_text(over: Counter) -> str:
+    """"; passed over: 12 .gif, 3 .heic", or nothing."""
+    kinds = [f"{count:,} {kind}" for kind, count in sorted(over.items(), key=lambda item: (-item[1], item[0]))[:8]]
+    return f"; passed over: {', '.join(kinds)}{' …' * (len(over) > 8)}" if kinds else ""
 
 
 class Images:
-    """Labelled images, each from a file or from an array that is in memory.
+    """Images, each from a file or from an array that is in memory.
 
-    sources: paths, or one uint8 array [N, H, W] or [N, H, W, 3]; labels: N integers; title: used in names.
+    sources       paths, or one uint8 array [N, H, W] or [N, H, W, 3]
+    labels        N integers, all 0 without classes
+    classes       their names; [] for images without labels
+    title         where they are, for messages
+    passed_over   how many files of each kind lie there too and are no images
     """
 
-    def __init__(self, sources, labels, classes: list[str], title: str, upright: bool = False):
-        # The paths are one array of bytes instead of a million Python strings. Workers share the memory of the main
+    def __init__(self, sources, labels, classes: list[str], title: str, passed_over: Counter = Counter()):
+        # The paths are one string of bytes instead of a million Python strings. Workers share the memory of the main
         # process until they write to it. But reading a Python string already writes to it, because Python counts its
         # references. So each worker would end with a copy of the whole list.
         self.is_files = not isinstance(sources, np.ndarray)
-        self.sources = np.array([os.fsencode(path) for path in sources]) if self.is_files else sources
-        self.labels = np.asarray(labels, dtype=np.int64)
-        self.classes, self.title, self.upright = classes, title, upright
+        if self.is_files:
+            sources = [os.fsencode(path) for path in sources]
+            self.ends = np.cumsum([len(path) for path in sources])
+            sources = b"".join(sources)
+        self.sources, self.labels = sources, np.asarray(labels, dtype=np.int64)
+        self.classes, self.title, self.passed_over = classes, title, passed_over
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def labelled(self) -> bool:
+        return bool(self.classes)
+
     def label(self, index: int) -> int:
         return int(self.labels[index])
 
+    def path(self, index: int) -> bytes:
+        return self.sources[self.ends[index - 1] if index else 0:self.ends[index]]
+
     def name(self, index: int) -> str:
-        return os.fsdecode(self.sources[index]) if self.is_files else f"{self.title}/{index}"
+        return os.fsdecode(self.path(index)) if self.is_files else f"{self.title}/{index}"
 
     def load(self, index: int) -> Image.Image:
         """The image, decoded to its last byte, as RGB; raises whatever the decoder raises."""
         if not self.is_files:
             return to_rgb(Image.fromarray(self.sources[index]))
         with Image.open(self.name(index)) as image:
-            return to_rgb(ImageOps.exif_transpose(image) if self.upright else image)
+            return to_rgb(ImageOps.exif_transpose(image))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -72,71 +306,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def open_folder(root: str, split: str) -> Images:
-    """ROOT/SPLIT/CLASS/*.jpg; labels number the class folders of ROOT/train in alphabetical order."""
-    folder = os.path.join(root, split) if split else root
-    if not os.path.isdir(folder):
-        raise UserError(f"data.root: '{root}' has no folder '{split}': put ImageNet-style folders "
-                        f"{root}/train/CLASS/*.jpg and {root}/val/CLASS/*.jpg there, or set data.root=PATH"
-                        f" to where they are")
-    classes = class_folders(folder)
-    if not classes:
-        raise UserError(f"data.root: '{folder}' has no class folders: put the images into {folder}/CLASS/*.jpg")
-    train_folder = os.path.join(root, "train")
-    if split == "val" and os.path.isdir(train_folder) and classes != class_folders(train_folder):
-        differing = sorted(set(classes) ^ set(class_folders(train_folder)))
-        raise UserError(f"data.root: '{train_folder}' and '{folder}' must hold the same class folders, but only one of "
-                        f"them has {', '.join(differing[:5])}{' …' * (len(differing) > 5)}: add or remove these")
-
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        found = image_files(os.path.join(folder, name))
-        if not found:
-            raise UserError(f"data.root: the class folder '{os.path.join(folder, name)}' holds no image "
-                            f"({', '.join(tv.folder.IMG_EXTENSIONS)}): put images there, or remove the folder")
-        paths += found
-        labels += [label] * len(found)
-    return Images(paths, labels, classes, title=folder)
+# --- torchvision's data sets -----------------------------------------------------------------------------------
 
 
-def image_files(folder: str) -> list[str]:
-    """The images in a folder and its sub-folders, in order.
-
-    Symbolic links are followed, but each folder counts once: a link that points upwards leads back to where it is, and
-    its images would be found again and again.
-    """
-    found, seen = [], {os.path.realpath(folder)}
-    for here, folders, names in os.walk(folder, followlinks=True):
-        real = {name: os.path.realpath(os.path.join(here, name)) for name in sorted(folders)}
-        folders[:] = [name for name, path in real.items() if path not in seen and not seen.add(path)]
-        found.append((here, sorted(name for name in names if name.lower().endswith(tv.folder.IMG_EXTENSIONS))))
-    return [os.path.join(here, name) for here, names in sorted(found) for name in names]
-
-
-def open_files(pattern: str) -> Images:
-    """The image at a path, those of a folder and its sub-folders, or those that a pattern such as *.jpg finds."""
-    pattern = os.path.expanduser(pattern)
-    if os.path.isdir(pattern):
-        paths = image_files(pattern)
-    else:
-        paths = [pattern] if os.path.isfile(pattern) else glob.glob(pattern)
-    paths = sorted(path for path in paths if os.path.isfile(path))
-    if not paths:
-        raise UserError(f"there is no image at '{pattern}': give the path of an image or folder, or a pattern such as "
-                        f"'*.jpg'")
-    return Images(paths, [0] * len(paths), [], title=pattern, upright=True)
-
-
-def open_val_folder(config):
-    """What to evaluate: the validation split, or, for an `imagefolder` without splits, the class folders in ROOT."""
-    root = os.path.expanduser(config.root)
-    if config.dataset == "imagefolder" and os.path.isdir(root) and not os.path.isdir(os.path.join(root, "val")):
-        return open_folder(root, "")
-    return open_dataset(config, "val")
-
-
-def class_folders(folder: str) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+def imagenette_files(data: tv.Imagenette) -> list[tuple[str, int]]:
+    """torchvision lists the files of each folder, those of a Mac's archives (`._NAME.JPEG`) too."""
+    return [(path, label) for path, label in data._samples if not hidden(os.path.basename(path))]
 
 
 # name: (how torchvision opens it, where it keeps the images, and the labels)
@@ -147,7 +322,8 @@ NAMED = {
     "stl10": (lambda root, train, get: tv.STL10(root, "train" if train else "test", download=get),
               lambda d: d.data.transpose(0, 2, 3, 1), lambda d: d.labels),
     "imagenette": (lambda root, train, get: tv.Imagenette(root, "train" if train else "val", download=get),
-                   lambda d: [path for path, _ in d._samples], lambda d: [label for _, label in d._samples]),
+                   lambda d: [path for path, _ in imagenette_files(d)],
+                   lambda d: [label for _, label in imagenette_files(d)]),
     "food101": (lambda root, train, get: tv.Food101(root, "train" if train else "test", download=get),
                 lambda d: d._image_files, lambda d: d._labels),
     "oxford_pets": (lambda root, train, get: tv.OxfordIIITPet(root, "trainval" if train else "test", download=get),
@@ -163,6 +339,13 @@ def open_named(config, root: str, split: str) -> Images:
     try:
         data = open_it(root, split == "train", False)
     except Exception as missing:  # torchvision raises RuntimeError, FileNotFoundError, EOFError, ... here
+        for above in Path(os.path.abspath(root)).parents[:2]:  # ROOT may be the set's own folder, or one in it
+            try:
+                open_it(str(above), split == "train", False)
+            except Exception:
+                continue
+            raise UserError(f"data.root: '{root}' is the folder of {config.dataset} itself: name the one that it lies "
+                            f"in, data.root={above}") from missing
         if not config.download:
             raise UserError(f"data.dataset: {config.dataset} is not (or not whole) in '{root}': set data.download=true "
                             f"to fetch it, or data.root=PATH to where it is") from missing
@@ -173,6 +356,11 @@ def open_named(config, root: str, split: str) -> Images:
                             f"check the network and the disk, or put it there by hand") from error
     classes = [name if isinstance(name, str) else name[0] for name in data.classes]
     return Images(images_of(data), labels_of(data), classes, title=f"{config.dataset}/{split}")
+
+
+# --- drawn shapes ----------------------------------------------------------------------------------------------
+# A data set without files, drawn by this code. The class of an image is its shape. Colour, texture, size, rotation,
+# position, background and clutter are random, so that a linear model on pixels learns little.
 
 
 def arc(radius: float, start=0.0, end=360.0, x=0.0, y=0.0, points=40):
@@ -213,11 +401,11 @@ SHAPES = {
 class Shapes:
     """`count` images of one shape each, drawn when asked for, from (split, index) alone."""
 
-    classes = list(SHAPES)
+    classes, labelled, passed_over = list(SHAPES), True, Counter()
     drawn: dict[tuple, tuple] = {}  # each process keeps what it has drawn, up to 256 MiB
 
     def __init__(self, split: str, count: int, image_size: int):
-        self.split, self.size = split, image_size
+        self.split, self.size, self.title = split, image_size, f"shapes/{split}"
         self.labels = np.arange(count) % len(self.classes)
 
     def __len__(self) -> int:
@@ -227,7 +415,7 @@ class Shapes:
         return int(self.labels[index])
 
     def name(self, index: int) -> str:
-        return f"shapes/{self.split}/{index}"
+        return f"{self.title}/{index}"
 
     def load(self, index: int) -> Image.Image:
         return self.image_and_shape(index)[0]

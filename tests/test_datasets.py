@@ -11,7 +11,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
-from support.datasets import NAMED, open_dataset, open_files, open_folder  # noqa: E402
+from support.datasets import NAMED, open_classes, open_dataset, open_datasets, open_files, open_folder, require_labels  # noqa: E402
 from support.errors import UserError  # noqa: E402
 from test_data import folder, shapes  # noqa: E402
 
@@ -27,12 +27,20 @@ def test_sentences_for_missing_folders(tmp_path):
         assert "\n" not in str(error.value) and "data.root" in str(error.value)
         return str(error.value)
 
-    assert "has no folder 'train'" in sentence(tmp_path / "nowhere")
+    assert "nowhere' is not there" in sentence(tmp_path / "nowhere")
     assert "is a file" in sentence(tmp_path / "images/train/cat/000.png")
     (tmp_path / "flat/train").mkdir(parents=True)
-    assert "has no class folders" in sentence(tmp_path / "flat")
+    assert "there is no image in " in sentence(tmp_path / "flat") and "train/CLASS" in sentence(tmp_path / "flat")
+    (tmp_path / "flat/one.jpg").touch(), (tmp_path / "flat/train").rmdir()
+    assert "holds one image only" in sentence(tmp_path / "flat")
+    (tmp_path / "flat/val").mkdir()
+    assert "there is no image in " in sentence(tmp_path / "flat", "val")
     (tmp_path / "images/train/emu").mkdir()
+    (tmp_path / "images/train/emu/a.gif").touch()
+    (tmp_path / "images/val/emu").mkdir()
     assert "images/train/emu' holds no image" in sentence(tmp_path / "images")
+    assert "passed over: 1 .gif" in sentence(tmp_path / "images")
+    (tmp_path / "images/val/emu").rmdir()
     assert "only one of them has emu" in sentence(tmp_path / "images", "val")
 
 
@@ -67,6 +75,135 @@ def test_a_named_data_set_opens(tmp_path):
     assert np.array_equal(np.asarray(dataset.load(1)), pixels[1].reshape(3, 32, 32).transpose(1, 2, 0))
 
 
+# --- folders, with labels and without ----------------------------------------------------------------------------------
+
+
+def touch(root: Path, *names: str) -> data.DataConfig:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return data.DataConfig("imagefolder", root=str(root))
+
+
+def names_of(images, root: Path) -> list[str]:
+    return [str(Path(images.name(i)).relative_to(root)) for i in range(len(images))]
+
+
+def test_any_folder_of_images_is_a_data_set_without_labels(tmp_path, capsys):
+    names = [f"{place}{i}.jpg" for i in range(50) for place in ("", "2023/", "2023/alps/")]
+    config = touch(tmp_path / "photos", *names, "a.heic", "2023/b.HEIC", "c.gif", "READ ME", ".DS_Store")
+    train, val = open_datasets(config)
+    for images in (train, val):
+        assert images.classes == [] and not images.labelled and set(images.labels) == {0}
+    train_names, val_names = (names_of(images, tmp_path / "photos") for images in (train, val))
+    assert sorted(train_names + val_names) == sorted(names) and 5 <= len(val) <= 25
+    assert capsys.readouterr().out == (
+        f"{len(train)} images without classes in {tmp_path}/photos, {len(val)} in {tmp_path}/photos (held out, by a "
+        f"hash of the name); passed over: 2 .heic, 1 .gif, 1 without a suffix\n")
+
+    # The same ones are held out in another place, one split alone, and after images were added.
+    moved = touch(tmp_path / "elsewhere/photos", *reversed(names), *(f"new/{i}.jpg" for i in range(20)))
+    moved.root += "/"
+    held_out = names_of(open_dataset(moved, "val"), tmp_path / "elsewhere/photos")
+    assert [name for name in held_out if not name.startswith("new")] == val_names
+    assert not set(held_out) & set(names_of(open_dataset(moved, "train"), tmp_path / "elsewhere/photos"))
+
+
+def test_few_images_are_divided_into_at_least_one_and_one(tmp_path):
+    for number in range(30):
+        for count in (2, 3):
+            train, val = open_datasets(touch(tmp_path / f"{number}/{count}", *(f"{number}-{i}.png" for i in range(count))))
+            assert len(train) + len(val) == count and len(train) > 0 and len(val) > 0
+
+
+def test_folders_for_training_and_validation(tmp_path):
+    def both(name, *files):
+        return [names_of(images, tmp_path / name) for images in open_datasets(touch(tmp_path / name, *files))]
+
+    assert both("1", "train/a.jpg", "val/x/b.jpg", "c.jpg") == [["train/a.jpg"], ["val/x/b.jpg"]]
+    assert both("2", "cat/a.jpg", "val/b.jpg", "c.jpg") == [["c.jpg", "cat/a.jpg"], ["val/b.jpg"]]
+    train, val = both("3", "train/a.jpg", "train/b.jpg", "c.jpg")
+    assert sorted(train + val) == ["train/a.jpg", "train/b.jpg"] and train and val
+    labelled = touch(tmp_path / "4", *(f"train/{name}/{i}.jpg" for name in ("cat", "dog") for i in range(50)))
+    train, val = open_datasets(labelled)
+    assert train.classes == val.classes == ["cat", "dog"] and len(train) + len(val) == 100 > len(train)
+    for images in (train, val):
+        assert [images.classes[k] for k in images.labels] == [name.split("/")[1] for name in names_of(images, tmp_path / "4")]
+
+
+def test_what_is_hidden_is_neither_class_nor_image(tmp_path, capsys):
+    config = folder(tmp_path, train=4, val=2)
+    for hidden in (".thumbnails", "__MACOSX", "@eaDir", "cat/.ipynb_checkpoints", "cat/__MACOSX"):
+        touch(tmp_path / "train", f"{hidden}/000.png")
+    touch(tmp_path, "val/.thumbnails/0.jpg", "train/cat/._000.png", "train/loose.jpg", "train/cat/.DS_Store")
+    train, val = open_datasets(config)
+    assert train.classes == ["cat", "dog"] and len(train) == 4 and len(val) == 2
+    assert capsys.readouterr().out == (
+        f"4 images of 2 classes in {tmp_path}/train, 2 in {tmp_path}/val; passed over: 7 hidden, "
+        f"1 outside of class folders\n")
+    assert len(open_files(str(tmp_path / "train"))) == 5 and len(open_files(f"{tmp_path}/train/**/*.png")) == 4
+
+
+def test_patterns_reach_into_folders_and_what_is_passed_over_is_named(tmp_path, capsys):
+    touch(tmp_path, "0.jpg", "x/1.JFIF", "x/y/2.jpg", "x/note.txt", "__MACOSX/3.jpg", "only/4.gif")
+    (tmp_path / "x/broken.png").symlink_to("nowhere")
+
+    def found(pattern):
+        return names_of(open_files(f"{tmp_path}/{pattern}"), tmp_path)
+
+    assert found("**/*.jpg") == ["0.jpg", "x/y/2.jpg"]
+    assert found("x/**") == found("x") == ["x/1.JFIF", "x/y/2.jpg"] and found("*.jpg") == ["0.jpg"]
+    printed = capsys.readouterr()
+    assert printed.out == "" and f"2 images without classes in {tmp_path}/x; passed over: 1 .txt, 1 broken links" in printed.err
+    assert found("only/*.gif") == ["only/4.gif"], "who names a file means it"
+    with pytest.raises(UserError, match="there is no image at .*only'; passed over: 1 .gif: give the path"):
+        found("only")
+
+
+def test_names_that_are_no_text(tmp_path):
+    (tmp_path / "caf\udce9").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "caf\udce9/\udce9.jpg")
+    images = open_files(f"{tmp_path}/**/*.jpg")
+    assert images.name(0) == f"{tmp_path}/caf\udce9/\udce9.jpg" and images.load(0) is not None
+    assert open_classes(str(tmp_path)).classes == ["caf\udce9"]
+
+
+def test_what_needs_labels_says_so(tmp_path):
+    folder(tmp_path, train=4, val=2)
+    (labelled,) = open_folder(str(tmp_path), "train")
+    require_labels(labelled, "fine-tuning"), require_labels(shapes(), "fine-tuning")
+    (unlabelled,) = open_folder(str(tmp_path / "train"), "train")
+    with pytest.raises(UserError, match="^fine-tuning needs the class of each image, .*ROOT/train/CLASS"):
+        require_labels(unlabelled, "fine-tuning")
+    (tmp_path / "train/dog").rename(tmp_path / "dog")
+    with pytest.raises(UserError, match="has only 'cat': one class cannot be told from anything"):
+        require_labels(open_classes(str(tmp_path / "train")), "fine-tuning")
+
+
+def imagenette(root: Path) -> data.DataConfig:
+    for split in ("train", "val"):
+        for name in ("n01440764", "n02102040"):
+            touch(root / "imagenette2", f"{split}/{name}/{name}_1.JPEG", f"{split}/{name}/._{name}_1.JPEG")
+    return data.DataConfig("imagenette", root=str(root))
+
+
+def test_a_named_data_set_that_is_not_whole(tmp_path):
+    config = imagenette(tmp_path)
+    train, val = open_datasets(config)
+    assert len(train.classes) == 2 and list(train.labels) == list(val.labels) == [0, 1]
+    (tmp_path / "imagenette2/val/n01440764").rename(tmp_path / "n01440764")
+    with pytest.raises(UserError, match="imagenette is not whole .* only one of them has tench"):
+        open_datasets(config)
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_the_root_of_a_named_data_set_is_the_folder_above(tmp_path, download):
+    imagenette(tmp_path)
+    for root in ("imagenette2", "imagenette2/train"):
+        with pytest.raises(UserError, match=f"folder of imagenette itself: .* data.root={tmp_path}$"):
+            open_datasets(data.DataConfig("imagenette", root=str(tmp_path / root), download=download))
+
+
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 
@@ -93,7 +230,7 @@ def test_every_kind_of_image_decodes_to_sensible_rgb(tmp_path):
     (tmp_path / "train/all").mkdir(parents=True)
     for name in wanted:
         os.rename(tmp_path / name, tmp_path / "train/all" / name)
-    dataset = open_dataset(data.DataConfig("imagefolder", root=str(tmp_path)), "train")
+    dataset = open_classes(str(tmp_path / "train"))
     assert len(dataset) == len(wanted)
     for i in range(len(dataset)):
         image, (left, right) = dataset.load(i), wanted[Path(dataset.name(i)).name]
@@ -105,7 +242,7 @@ def test_every_kind_of_image_decodes_to_sensible_rgb(tmp_path):
 # --- shapes ------------------------------------------------------------------------------------------------------------
 
 
-def test_photographs_of_ones_own_are_turned_upright_and_data_sets_are_not(tmp_path):
+def test_photographs_are_turned_upright_wherever_they_are_used(tmp_path):
     """Phones store what the sensor sees, and write into the EXIF how to turn it (6: a quarter to the right)."""
     folder(tmp_path, train=2, val=2)
     file = tmp_path / "train/cat/000.png"
@@ -113,9 +250,9 @@ def test_photographs_of_ones_own_are_turned_upright_and_data_sets_are_not(tmp_pa
     exif = Image.Exif()
     exif[0x0112] = 6
     picture.save(file, exif=exif)
-    stored = np.asarray(picture)
-    assert np.array_equal(np.asarray(open_files(str(file)).load(0)), np.rot90(stored, -1))
-    assert np.array_equal(np.asarray(open_folder(str(tmp_path), "train").load(0)), stored)
+    upright = np.rot90(np.asarray(picture), -1)
+    for images in (open_files(str(file)), open_classes(str(tmp_path / "train")), *open_folder(str(tmp_path), "train")):
+        assert np.array_equal(np.asarray(images.load(0)), upright)
 
 
 def test_a_link_that_points_upwards_counts_no_image_twice(tmp_path):
@@ -126,7 +263,7 @@ def test_a_link_that_points_upwards_counts_no_image_twice(tmp_path):
     (tmp_path / "train/dog/001.png").rename(tmp_path / "more/001.png")
     (tmp_path / "train/dog/linked").symlink_to(tmp_path / "more")  # a link to elsewhere is followed
     (tmp_path / "train/cat/up").unlink()
-    images = open_folder(str(tmp_path), "train")
+    (images,) = open_folder(str(tmp_path), "train")
     assert sorted(os.path.basename(images.name(i)) for i in range(len(images))) == [f"{i:03d}.png" for i in range(4)]
     (tmp_path / "train/cat/up").symlink_to(tmp_path / "train")
     names = [open_files(str(tmp_path / "train")).name(i) for i in range(4)]

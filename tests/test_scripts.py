@@ -32,7 +32,7 @@ import visualize  # noqa: E402
 from beitv2 import ModelError  # noqa: E402
 from support import processes  # noqa: E402
 from support.compare import group_runs, last_figure  # noqa: E402
-from support.datasets import SHAPES, Shapes, open_files, open_folder  # noqa: E402
+from support.datasets import SHAPES, Shapes, open_classes, open_files  # noqa: E402
 from support.errors import Interrupted, UserError  # noqa: E402
 from support.files import say_if_unfinished  # noqa: E402
 from support.launch import STOP_SIGNALS, Stop, fail, launch  # noqa: E402
@@ -1153,7 +1153,7 @@ def test_evaluation_on_some_of_the_classes(home, capsys):
     shown = capsys.readouterr().out
     assert "12 images of 3 of the model's 10 classes" in shown
     model, _ = trained(home)
-    images = open_folder(str(root), "")
+    images = open_classes(str(root))
     view = data.ValView(images, 16)
     columns = [list(SHAPES).index(name) for name in images.classes]
     with torch.no_grad():
