@@ -265,9 +265,9 @@ class TrainView(SampleView):
         image = TF.resized_crop(image, *box, [self.size, self.size], BICUBIC)
         if torch.rand(()) < 0.5:
             image = TF.horizontal_flip(image)
-        if self.rand_augment:
-            image = self.rand_augment(image)
-        return {"image": TF.pil_to_tensor(image), "label": self.dataset.label(index), "index": index,
+        if self.rand_augment:  # Pillow is quicker here
+            image = TF.pil_to_tensor(self.rand_augment(TF.to_pil_image(image)))
+        return {"image": image, "label": self.dataset.label(index), "index": index,
                 "unreadable": unreadable}
 
     def draw_rest(self, image: torch.Tensor) -> dict:
@@ -318,15 +318,23 @@ class ValView(Dataset):
             if self.strict:
                 raise
             return self[(index + 1) % len(self)]
-        # The shorter side becomes 256/224 of the crop, so that a margin is cut off: objects are mostly in the middle.
-        # From 384 pixels up there is no margin, as in the paper's evaluation.
-        shorter_side = round(self.size * 256 / 224) if self.size < 384 else self.size
-        image = TF.center_crop(TF.resize(image, [shorter_side], BICUBIC), [self.size, self.size])
-        return {"image": TF.pil_to_tensor(image), "label": self.dataset.label(index), "index": index, "row": index}
+        return {"image": centre_crop(image, self.size), "label": self.dataset.label(index), "index": index, "row": index}
 
     def fixed(self) -> "ValView":
         """Validation images never change."""
         return self
+
+
+def centre_crop(image: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 [3, H, W] -> [3, size, size], the crop of evaluation."""
+    # Of a long strip only the middle will be seen. Enlarged as a whole, it could fill the memory.
+    limit = 8 * min(image.shape[1:])
+    if max(image.shape[1:]) > limit:
+        image = TF.center_crop(image, [min(length, limit) for length in image.shape[1:]])
+    # The shorter side becomes 256/224 of the crop, so that a margin is cut off: objects are mostly in the middle.
+    # From 384 pixels up there is no margin, as in the paper's evaluation.
+    shorter_side = round(size * 256 / 224) if size < 384 else size
+    return TF.center_crop(TF.resize(image, [shorter_side], BICUBIC), [size, size])
 
 
 def load_strictly(load, dataset, index: int):

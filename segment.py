@@ -152,7 +152,7 @@ def open_datasets(config):
 
 def load_pair(dataset, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
     """uint8 image [3, H, W] and labels [H, W]: two tensors that torchvision's transforms treat alike."""
-    image, labels = TF.pil_to_tensor(dataset.load(index)), torch.from_numpy(dataset.segmentation(index))
+    image, labels = dataset.load(index), torch.from_numpy(dataset.segmentation(index))
     if image.shape[1:] != labels.shape:
         raise UserError(f"'{dataset.name(index)}' has {image.shape[2]} x {image.shape[1]} pixels, but its annotation "
                         f"has {labels.shape[1]} x {labels.shape[0]}: make them agree, or remove both")

@@ -166,7 +166,7 @@ def test_crops_cover_the_asked_share_and_half_are_flipped():
     ramp = np.broadcast_to(np.arange(256, dtype=np.uint8), (256, 256))
     class Ramp:
         def __len__(self): return 1
-        def load(self, _): return Image.fromarray(np.stack([ramp, ramp.T, ramp], 2))
+        def load(self, _): return torch.from_numpy(np.stack([ramp, ramp.T, ramp]))
         def label(self, _): return 0
     view = data.TrainView(Ramp(), 0, 32, crop_scale=(0.2, 0.5))
     flips, areas = [], []
@@ -221,7 +221,7 @@ def test_the_evaluation_crop(size, left_out):
     # A ramp twice as wide as high: the first and last column tell how much the crop left out.
     class Ramp:
         def __len__(self): return 1
-        def load(self, _): return Image.fromarray(np.tile(np.linspace(0, 255, 1024).astype(np.uint8), (512, 1))).convert("RGB")
+        def load(self, _): return torch.linspace(0, 255, 1024).byte().expand(3, 512, 1024)
         def label(self, _): return 0
     (batch,) = ValLoader(data.ValView(Ramp(), size), 1)
     assert batch["image"].shape == (1, 3, size, size) and batch["image"].dtype == torch.uint8
@@ -229,6 +229,17 @@ def test_the_evaluation_crop(size, left_out):
     margin = (2 * shorter - size) / 2 / (2 * shorter)  # of the width, on either side
     row = batch["image"][0, 0, size // 2].float() / 255
     assert row[0] == pytest.approx(margin, abs=0.006) and row[-1] == pytest.approx(1 - margin, abs=0.006)
+
+
+@pytest.mark.parametrize("height, width", [(2, 20000), (20000, 1), (40, 400)])
+def test_the_evaluation_crop_of_a_long_strip_is_its_middle(height, width):
+    """Enlarged as a whole, 2 x 20,000 pixels would take 2 GB: 256 x 2,560,000."""
+    strip = torch.zeros(3, height, width, dtype=torch.uint8)
+    middle = strip[:, height // 2 - 5:, :][:, :10] if height > width else strip[:, :, width // 2 - 5:][:, :, :10]
+    middle += 200
+    crop = data.centre_crop(strip, 224)
+    assert crop.shape == (3, 224, 224) and crop[:, 112, 112].tolist() == [200] * 3
+    assert (crop > 100).all() == (min(height, width) < 8)
 
 
 # --- on the device -------------------------------------------------------------------------------------------------------
