@@ -129,9 +129,9 @@ def open_classes(folder: str) -> "Images":
 def open_unlabelled(folder: str) -> "Images":
     paths, passed_over = find_images(folder, but=os.path.join(folder, "val"))
     if not paths:
-        raise UserError(f"data.root: there is no image in '{folder}' ({', '.join(SUFFIXES)}{passed_text(passed_over)}): "
-                        f"set data.root=PATH to a folder of images, or, for images with classes, to one that holds "
-                        f"train/CLASS/*.jpg and val/CLASS/*.jpg")
+        kinds = ", ".join(SUFFIXES) + passed_text(passed_over)
+        raise UserError(f"data.root: there is no image in '{folder}' ({kinds}): set data.root=PATH to a folder of "
+                        f"images, or, for images with classes, to one that holds train/CLASS/*.jpg and val/CLASS/*.jpg")
     return Images(paths, [0] * len(paths), [], folder, passed_over)
 
 
@@ -148,6 +148,7 @@ def hold_out(images: "Images", root: str) -> "list[Images]":
     train, val = (Images([images.path(i) for i in np.flatnonzero(chosen)], images.labels[chosen], images.classes,
                          images.title) for chosen in (~held_out, held_out))
     train.passed_over = images.passed_over
+    train.total = val.total = len(images)
     val.title += " (held out, by a hash of the name)"
     return [train, val]
 
@@ -266,6 +267,7 @@ class Images:
     classes       their names; [] for images without labels
     title         where they are, for messages
     passed_over   how many files of each kind lie there too and are no images
+    total         how many images these are a part of, where a part was held out
     """
 
     def __init__(self, sources, labels, classes: list[str], title: str, passed_over: Counter = Counter()):
@@ -278,7 +280,7 @@ class Images:
             self.ends = np.cumsum([len(path) for path in sources])
             sources = b"".join(sources)
         self.sources, self.labels = sources, np.asarray(labels, dtype=np.int64)
-        self.classes, self.title, self.passed_over = classes, title, passed_over
+        self.classes, self.title, self.passed_over, self.total = classes, title, passed_over, len(self.labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -305,8 +307,8 @@ class Images:
 
 
 def read_image(path: bytes) -> Tensor:
-    """An image file, turned upright as its EXIF says: uint8 [3, H, W], RGB. The content decides what kind it is, and not
-    the name.
+    """An image file, turned upright as its EXIF says: uint8 [3, H, W], RGB. Its content decides of what kind it is, not
+    its name.
 
     Photographs come from torchvision's decoder, to the same numbers as Pillow's and in half of its time. All else is
     Pillow's, also JPEG in the colours of printers, or turned, or broken: it says in plainer words what is broken.
@@ -436,7 +438,7 @@ class Shapes:
 
     def __init__(self, split: str, count: int, image_size: int):
         self.split, self.size, self.title = split, image_size, f"shapes/{split}"
-        self.labels = np.arange(count) % len(self.classes)
+        self.labels, self.total = np.arange(count) % len(self.classes), count
 
     def __len__(self) -> int:
         return len(self.labels)
