@@ -3,6 +3,7 @@
 No reader of the method needs this file: a data set has `classes`, `labels`, len(), load(i), label(i) and name(i).
 """
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -13,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torchvision import datasets as tv
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -22,7 +23,7 @@ from support.errors import UserError, explained, one_line
 from support.processes import on_main, rank, say
 
 try:
-    from torchvision.io import ImageReadMode, decode_jpeg
+    from torchvision.io import decode_jpeg
 except ImportError:  # torchvision 0.29 announces that a later one will have no decoders
     decode_jpeg = None
 
@@ -311,16 +312,16 @@ def read_image(path: bytes) -> Tensor:
     its name.
 
     Photographs come from torchvision's decoder, to the same numbers as Pillow's and in half of its time. All else is
-    Pillow's, also JPEG in the colours of printers, or turned, or broken: it says in plainer words what is broken.
+    Pillow's, also JPEG in the colours of printers, or broken: Pillow says in plainer words what is wrong.
     """
+    with open(path, "rb") as file:
+        content = bytearray(file.read())
+    if decode_jpeg and content.startswith(b"\xff\xd8"):
+        with contextlib.suppress(RuntimeError):
+            pixels = decode_jpeg(torch.frombuffer(content, dtype=torch.uint8), apply_exif_orientation=True)
+            if len(pixels) < 4:  # grey or RGB
+                return pixels.expand(3, -1, -1)
     with Image.open(path) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        if decode_jpeg and image.format == "JPEG" and image.mode in ("RGB", "L") and not turned:
-            image.fp.seek(0)
-            try:
-                return decode_jpeg(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8), ImageReadMode.RGB)
-            except RuntimeError:
-                pass
         # Pillow hands 16 bits of a PNG or PGM out as 32-bit "I" too. But of other files nobody knows which of these
         # numbers is white, and Pillow would take nearly all of them for black or nearly all for white.
         if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ImageOps
 from torchvision.transforms.v2 import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -159,6 +159,19 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone():
     for another in (view[3, 5], other_seed[2, 5]):
         assert not torch.equal(another["image"], once["image"]) and not torch.equal(another["jitter"], once["jitter"])
     assert len({tuple(view[epoch, 5]["mask"].tolist()) for epoch in range(10)}) > 5
+
+
+def test_rand_augment_gets_the_crop_and_its_result_is_the_sample():
+    plain, augmented = (data.TrainView(shapes(), 0, 16, rand_augment=on) for on in (False, True))
+    given = []
+    augmented.rand_augment = lambda picture: given.append(picture) or ImageOps.invert(picture)
+    for epoch in range(4):
+        image = plain[epoch, 3]["image"]
+        assert torch.equal(augmented[epoch, 3]["image"], 255 - image)
+        assert np.array_equal(given[-1], image.permute(1, 2, 0))
+    changed = [not torch.equal(plain[e, 3]["image"], data.TrainView(shapes(), 0, 16, rand_augment=True)[e, 3]["image"])
+               for e in range(8)]
+    assert sum(changed) >= 6
 
 
 def test_crops_cover_the_asked_share_and_half_are_flipped():

@@ -255,15 +255,13 @@ def photo(width=150, height=113) -> Image.Image:
 
 
 @pytest.mark.parametrize("kind", [
-    "rgb.jpg", "grey.jpg", "progressive.jpg", "subsampled.jpg", "full.jpg", "cmyk.jpg", "turned.jpg", "mpo.jpg", "rgb.png",
+    "rgb.jpg", "grey.jpg", "progressive.jpg", "subsampled.jpg", "full.jpg", "cmyk.jpg", "mpo.jpg", "rgb.png",
     "palette.png", "sixteen.png", "alpha.png", "webp.webp", "lies.png", "lies.jpg", "rest.jpg", "jfif.jfif"])
 def test_every_kind_of_file_decodes_and_crops_as_pillow_does(tmp_path, kind):
-    image, file, exif = photo(), tmp_path / kind, Image.Exif()
-    exif[0x0112] = 5 if kind == "turned.jpg" else 1
+    image, file = photo(), tmp_path / kind
     saved = {"grey.jpg": lambda: image.convert("L").save(file), "cmyk.jpg": lambda: image.convert("CMYK").save(file),
              "progressive.jpg": lambda: image.save(file, progressive=True),
              "subsampled.jpg": lambda: image.save(file, subsampling=2), "full.jpg": lambda: image.save(file, subsampling=0),
-             "turned.jpg": lambda: image.save(file, exif=exif),
              "mpo.jpg": lambda: image.save(file, format="MPO", save_all=True, append_images=[image]),
              "palette.png": lambda: image.quantize(16).save(file), "alpha.png": lambda: image.convert("RGBA").save(file),
              "sixteen.png": lambda: Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(file),
@@ -272,13 +270,23 @@ def test_every_kind_of_file_decodes_and_crops_as_pillow_does(tmp_path, kind):
              "rest.jpg": lambda: (image.save(file), file.write_bytes(file.read_bytes() + b"more"))}
     saved.get(kind, lambda: image.save(file))()
     pixels, expected = read_image(os.fsencode(file)), by_pillow(file)
-    assert pixels.dtype == torch.uint8 and pixels.shape == expected.shape == \
-        ((3, 150, 113) if kind == "turned.jpg" else (3, 113, 150))
+    assert pixels.dtype == torch.uint8 and pixels.shape == expected.shape == (3, 113, 150)
     assert (pixels.int() - expected.int()).abs().max() <= 1
     box = 10, 20, 80, 90, [64, 64], data.BICUBIC
     crops = resized_crop(pixels, *box), pil_to_tensor(resized_crop(to_pil_image(expected), *box))
     difference = (crops[0].int() - crops[1].int()).abs()
     assert difference.max() <= 2 and (difference > 1).float().mean() < 0.001
+
+
+@pytest.mark.parametrize("orientation", range(9))  # 1 to 8 are known, 0 is none
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_photographs_are_turned_as_pillow_turns_them(tmp_path, orientation, name):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo().save(tmp_path / name, exif=exif)
+    pixels = read_image(os.fsencode(tmp_path / name))
+    assert torch.equal(pixels, by_pillow(tmp_path / name))
+    assert pixels.shape[1:] == ((150, 113) if orientation > 4 else (113, 150))
 
 
 @pytest.mark.parametrize("lost", [1, 2, 10, 300, 2000])
