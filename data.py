@@ -1,7 +1,7 @@
-"""Images to batches: data sets, crops, block masks, and batch-wise augmentation on the device.
+"""What a sample is: an image, a random crop of it, and in pre-training a mask; and what the device does with a batch.
 
-    worker:  decode -> random resized crop -> flip -> uint8          (class TrainView)
-    device:  colour jitter -> normalise -> random erasing            (the functions at the end)
+    worker:  decode -> random resized crop -> flip -> uint8, and a mask  (class TrainView)
+    device:  colour jitter -> normalise                                  (the functions at the end)
 
 A worker is a process that prepares samples while the device computes. The work is divided between them like this:
 what needs the decoded file, or shrinks it, is done by the worker. What is the same simple arithmetic for each pixel is
@@ -14,14 +14,18 @@ workers, and no generator's state has to be saved. The loop's own random numbers
 generators that are seeded at each step by (seed, step, rank): see `Run`.
 """
 
+import contextlib
 import functools
 import math
+import random
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import RandomErasing, RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -30,7 +34,7 @@ from support.options import Count, Natural
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BICUBIC = v2.InterpolationMode.BICUBIC
+BICUBIC, BILINEAR = v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEAR
 
 
 @dataclass
@@ -39,7 +43,7 @@ class DataConfig:
 
     dataset: Literal["imagefolder", "cifar10", "cifar100", "stl10", "imagenette", "food101", "oxford_pets",
                      "fashion_mnist", "shapes", "ade20k"] = "imagefolder"  # where the images come from
-    root: str = "data"  # folder of the data set: ROOT/{train,val}/CLASS/*.jpg, or where to download to
+    root: str = "data"  # any folder of images, or with classes ROOT/{train,val}/CLASS/*.jpg; or where to download to
     download: bool = False  # fetch a named data set that is not in `root`
     image_size: Count = 224  # pixels, square
     views: Natural = 0  # crops of each image that a frozen network sees: epoch e takes number e mod views; 0: new ones
@@ -50,18 +54,7 @@ class DataConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Act 1: data sets. Each one has `classes`, `labels`, len(), load(i), label(i) and name(i).
-# ---------------------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Act 2: `shapes`, a data set without files, drawn by this code. The class of an image is its shape. Colour, texture,
-# size, rotation, position, background and clutter are random, so that a linear model on pixels learns little.
-# ---------------------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Act 3: block-wise masks (BEiT, arXiv 2106.08254, algorithm 1), with a constant number of masked patches.
+# Act 1: block-wise masks (BEiT, arXiv 2106.08254, algorithm 1), with a constant number of masked patches.
 #
 # Why blocks: neighbouring patches look alike. If single patches were hidden, nearly every one would have visible
 # neighbours, and the model could guess its code from their colour and edges. It would not need to know what the image
@@ -80,47 +73,49 @@ class DataConfig:
 
 
 def block_mask(grid: int, num_masked: int, min_block: int = 16,
-               generator: torch.Generator | None = None) -> torch.Tensor:
+               generator: torch.Generator | None = None) -> Tensor:
     """bool [grid * grid], row by row, with exactly `num_masked` True, mostly in rectangles that may overlap.
 
     grid        patches along one side of the image
     min_block   the least area, in patches, that a rectangle is drawn with while that many are still to be masked
 
     The paper masks 75 of 14 x 14 patches (38 %, "about 40 %") in blocks of at least 16. With `min_block` 0 there are no
-    blocks, and every masked patch is drawn alone. Random numbers come from the `generator`, or from torch's default
-    one. UserError when there are fewer than `num_masked` patches.
+    blocks, and every masked patch is drawn alone. All random numbers follow from one that the `generator`, or torch's
+    default one, gives. UserError when there are fewer than `num_masked` patches.
     """
     check_num_masked(num_masked, grid)
-    mask = torch.zeros(grid, grid, dtype=torch.bool)
+    # Python's random numbers and numpy's small arrays: one number or one block at a time, torch takes five times as
+    # long for each.
+    rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
+    mask = np.zeros((grid, grid), dtype=bool)
     # Add random rectangles until enough patches are masked. Near the end, most rectangles are too large for what is
     # left. After ten of them in a row that do not fit, give up, or the loop might never end.
     tries, masked = 0, 0
     while min_block and masked < num_masked and tries < 10:
         tries += 1
-        area, aspect, y, x = torch.rand(4, generator=generator).tolist()
         # The area in patches is uniform between the minimum and what is still to be masked.
-        area = min_block + area * (num_masked - masked - min_block)
+        area = rng.uniform(min_block, num_masked - masked)
         # The aspect ratio height / width is between 0.3 and 1 / 0.3. It is uniform in its logarithm, so that a flat
         # block is as likely as a tall one. A uniform number from 0.3 to 3.3 would be above 1 three times out of four.
-        aspect = math.exp((2 * aspect - 1) * math.log(1 / 0.3))
+        aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if height >= grid or width >= grid:  # a block never covers a whole row or column (as published)
             continue
-        top, left = int(y * (grid - height + 1)), int(x * (grid - width + 1))
+        top, left = rng.randint(0, grid - height), rng.randint(0, grid - width)
         block = mask[top:top + height, left:left + width]
         # Blocks may overlap. Only the patches that were visible count, and there must not be too many of them.
-        new = block.numel() - int(block.sum())
+        new = block.size - np.count_nonzero(block)
         if 0 < new <= num_masked - masked:
-            block.fill_(True)
+            block[:] = True
             tries, masked = 0, masked + new
 
     # A few patches are still missing (or all), and no block was small enough. Draw single ones: the number is exact.
     # (Algorithm 1 of BEiT stops as soon as 40 % are exceeded, so its number varies. The published code of BEiT v2
     # completes the mask as we do here.)
     mask = mask.flatten()
-    free = (~mask).nonzero().flatten()
-    mask[free[torch.randperm(len(free), generator=generator)[:num_masked - masked]]] = True
-    return mask
+    free = np.flatnonzero(~mask).tolist()
+    mask[rng.sample(free, num_masked - masked)] = True
+    return torch.from_numpy(mask)
 
 
 def check_num_masked(num_masked: int, grid: int):
@@ -131,7 +126,7 @@ def check_num_masked(num_masked: int, grid: int):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Act 4: training samples, and epochs of them.
+# Act 2: training samples.
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -152,61 +147,62 @@ class SampleView(Dataset):
 
     def __getitem__(self, epoch_and_index: tuple[int, int]) -> dict:
         epoch, index = epoch_and_index
-        return self.seeded(lambda: self.draw(index), self.seed, epoch, index)
-
-    def seeded(self, draw, *numbers: int):
-        """What `draw()` gives when torch's default CPU generator starts at these numbers, which make one seed.
-
-        torchvision's transforms take no generator; they draw from the default one of the CPU. So that one is seeded for
-        this sample, and fork_rng restores it afterwards: the training loop draws from it too. `torch.manual_seed` would
-        also change the generators of the GPUs, which belong to the training loop.
-        """
-        with torch.random.fork_rng(devices=[]):
-            # The hash makes one seed of the numbers. Their sum would give (epoch 1, image 2) and (epoch 2, image 1) the
-            # same crop and mask.
-            sample_seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
-            torch.default_generator.manual_seed(int(sample_seed[0]))
-            return draw()
+        with seeded(self.seed, epoch, index):
+            return self.draw(index)
 
     def load(self, index: int):
         return self.dataset.load(index)
 
     def load_or_replace(self, index: int) -> tuple:
-        """What `load` gives; the index of the image; the names of images that could not be read, one a line.
+        """What `load` gives; the number of the image; and that of an image that could not be read, or -1.
 
         A random other image takes the place of one that cannot be read, so that a single broken file in a million does
         not end a run of days. It is drawn from the sample's own generator, so it is the same one every time.
         """
-        unreadable = []
+        unreadable = -1
         for _ in range(10):
             try:
-                return self.load(index), index, "\n".join(unreadable)
+                return self.load(index), index, unreadable
             except UserError:
                 raise
             except Exception:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, ...
-                unreadable.append(self.dataset.name(index))
-                index = int(torch.randint(len(self.dataset), ()))
-        raise UserError(f"ten images in a row cannot be read, among them '{unreadable[0]}': repair or remove them")
+                unreadable, index = index, int(torch.randint(len(self.dataset), ()))
+        raise UserError(f"ten images in a row cannot be read, among them '{self.dataset.name(unreadable)}': repair or "
+                        f"remove them")
+
+
+@contextlib.contextmanager
+def seeded(*numbers: int):
+    """Within it, torch's default CPU generator starts at these numbers, which make one seed; afterwards it is restored.
+
+    torchvision's transforms take no generator; they draw from the default one of the CPU, from which the training loop
+    draws too. `torch.manual_seed` would also change the generators of the GPUs, which belong to the training loop.
+    """
+    with torch.random.fork_rng(devices=[]):
+        # The hash makes one seed of the numbers. Their sum would give (epoch 1, image 2) and (epoch 2, image 1) the
+        # same crop and mask.
+        seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+        torch.default_generator.manual_seed(int(seed[0]))
+        yield
 
 
 class TrainView(SampleView):
     """A training sample for classification and pre-training. view[epoch, index] is a dictionary with these entries:
 
     image   uint8 [3, S, S], a random resized crop, flipped half the time
-    label   int64, the class; index: int64, the image's place in the data set
+    label   int64, the class (0 without classes); index: int64, the image's place in the data set
     jitter  float32 [3], factors of brightness, contrast and saturation  (if jitter > 0)
     mask    bool [mask_grid ** 2], `num_masked` of them True              (if num_masked > 0)
-    erase   int64 [5], a box as top, left, height, width (height 0: none), and which noise fills it, see
-            erase_boxes                                                  (if erase, a probability, > 0)
-    unreadable  "" or the names, one a line, of unreadable images that this one replaces
     row     int64, the crop's number among the views * len(dataset)       (if views > 0)
+    unreadable  int64, the place of an image that cannot be read, and that this one replaces; else -1
 
-    The tokenizer uses crop and flip, pre-training also jitter and mask, fine-tuning RandAugment and erase instead.
+    The tokenizer uses crop and flip, pre-training also jitter and mask. Fine-tuning has RandAugment instead, and random
+    erasing with the probability `erase`.
 
     With `views` V > 0, an image has V crops in all: `image` in epoch e is that of epoch e mod V. So what a frozen
-    network says of it can be computed once (support/frozen.py). These crops do not depend on the seed: they are like a data
-    set V times as large, and runs with other seeds use what was computed for the first one. Jitter, mask and erased
-    box are drawn anew in each epoch, and do depend on the seed.
+    network says of it can be computed once (support/frozen.py). These crops do not depend on the seed: they are like a
+    data set V times as large, and runs with other seeds use what was computed for the first one. Jitter, mask and
+    erased box are drawn anew in each epoch, and do depend on the seed.
     """
 
     def __init__(self, dataset, seed: int, image_size: int, crop_scale=(0.08, 1.0), jitter=0.0,
@@ -217,39 +213,15 @@ class TrainView(SampleView):
                             f"area, both above 0")
         super().__init__(dataset, seed)
         self.size, self.views = image_size, views
-        self.drawn: dict[int, dict] = {}  # crops that come back are kept, up to 1 GiB in each process
         self.crop_scale, self.jitter, self.erase = crop_scale, jitter, erase
         self.num_masked, self.mask_grid, self.min_block = num_masked, mask_grid, min_block
-        # RandAugment (arXiv 1909.13719): two random operations, such as rotate or shear. With 11 bins, magnitude 9 means
+        # RandAugment (arXiv 1909.13719): two random operations, such as rotate or shear. With 11 bins, magnitude 9 is
         # the angles and strengths of timm, which the paper used (`rand-m9-mstd0.5-inc1`, without its noise). But
-        # Posterize keeps 4 bits here and 1 there, and timm's list has Invert and SolarizeAdd instead of Identity.
+        # Posterize keeps 4 bits here and 1 there, timm's list has Invert and SolarizeAdd instead of Identity, and it
+        # turns and shears bicubically, for which a sample takes half as long again.
         mean_colour = [round(255 * channel) for channel in IMAGENET_MEAN]
-        self.rand_augment = v2.RandAugment(2, 9, 11, interpolation=BICUBIC, fill=mean_colour) if rand_augment else None
-
-    def __getitem__(self, epoch_and_index: tuple[int, int]) -> dict:
-        if not self.views:
-            return super().__getitem__(epoch_and_index)
-        epoch, index = epoch_and_index
-        row = epoch % self.views * len(self) + index
-        sample = self.crop(row)
-        # The last number keeps these draws apart from those of a crop.
-        anew = self.seeded(lambda: self.draw_rest(sample["image"]), self.seed, epoch, index, 1)
-        return sample | anew
-
-    def fixed(self) -> "FixedCrops | None":
-        """All crops, where they are always the same."""
-        return FixedCrops(self) if self.views else None
-
-    def crop(self, row: int) -> dict:
-        """With `views`: crop number `row` of the views * len(dataset), those of the first view first."""
-        if row not in self.drawn:
-            view, index = divmod(row, len(self))
-            sample = self.seeded(lambda: self.draw_crop(index), 0, view, index)  # 0: the same crops for every seed
-            sample["row"] = row
-            if len(self.drawn) >= 2**30 // sample["image"].numel():
-                return sample
-            self.drawn[row] = sample
-        return self.drawn[row]
+        self.rand_augment = v2.RandAugment(2, 9, 11, BILINEAR, mean_colour) if rand_augment else None
+        self.fixed_crops = FixedCrops(self)
 
     def draw(self, index: int) -> dict:
         """Make one sample. The order of the draws is fixed: another order gives other samples for the same seed."""
@@ -261,48 +233,101 @@ class TrainView(SampleView):
         # Random resized crop: a box whose area is a random share of the image (`crop_scale`), resized to [S, S]. The
         # model meets objects at many sizes and places. In pre-training the share starts at 0.2, not at 0.08: a very
         # small crop leaves little context from which a hidden patch can be told. Bicubic, as in evaluation.
-        box = RandomResizedCrop.get_params(image, self.crop_scale, (3 / 4, 4 / 3))
-        image = TF.resized_crop(image, *box, [self.size, self.size], BICUBIC)
+        top, left, height, width = RandomResizedCrop.get_params(image, self.crop_scale, (3 / 4, 4 / 3))
+        image = TF.resize(image[:, top:top + height, left:left + width], [self.size, self.size], BICUBIC)
         if torch.rand(()) < 0.5:
-            image = TF.horizontal_flip(image)
-        if self.rand_augment:
-            image = self.rand_augment(image)
-        return {"image": TF.pil_to_tensor(image), "label": self.dataset.label(index), "index": index,
-                "unreadable": unreadable}
+            image = image.flip(2)
+        if self.rand_augment:  # quicker on Pillow's images than on tensors, and so is the way there channel by channel
+            picture = Image.merge("RGB", [Image.fromarray(channel.numpy()) for channel in image])
+            image = torch.from_numpy(np.stack(self.rand_augment(picture).split()))
+        return {"image": image, "label": self.dataset.label(index), "index": index, "unreadable": unreadable}
 
-    def draw_rest(self, image: torch.Tensor) -> dict:
-        """Three factors between 1 - jitter and 1 + jitter, a mask, a box: all are drawn here and used by the device."""
+    def draw_rest(self, image: Tensor) -> dict:
+        """Three factors between 1 - jitter and 1 + jitter, for the device, and a mask; a box of `image` is erased."""
         sample = {}
         if self.jitter > 0:
             sample["jitter"] = torch.empty(3).uniform_(max(0.0, 1 - self.jitter), 1 + self.jitter)
         if self.num_masked > 0:
             sample["mask"] = block_mask(self.mask_grid, self.num_masked, self.min_block)
-        if self.erase > 0:
-            sample["erase"] = self.erased_box(image)
+        if torch.rand(()) < self.erase:
+            erase_box(image)
         return sample
 
-    def erased_box(self, image: torch.Tensor) -> torch.Tensor:
-        """Random erasing (arXiv 1708.04896): a box of 2 to 33 % of the image, int64 [5]. The device fills it.
+    def fixed(self) -> "FixedCrops | None":
+        """All crops, where they are always the same."""
+        return self.fixed_crops if self.views else None
 
-        The class must then be recognised by what is left. A model that relies on one part only, such as the head of a
-        dog, fails when the box hides it, and learns to look at the rest too.
-        """
-        if torch.rand(()) < self.erase:
-            top, left, height, width, _ = RandomErasing.get_params(image, (0.02, 1 / 3), (0.3, 3.3), [0.0])
-            if height < self.size:  # else no box was found, and torchvision returns the whole image
-                return torch.tensor([top, left, height, width, int(torch.randint(NOISE, ()))])
-        return torch.zeros(5, dtype=torch.int64)
+    def __getitems__(self, epochs_and_indices: list[tuple[int, int]]) -> list | dict:
+        """Many samples for the loader: a list of them, or, of fixed crops, at once a batch of tensors [B, ...]."""
+        if not self.views:
+            return [self[pair] for pair in epochs_and_indices]
+        batch = self.fixed_crops.__getitems__([epoch % self.views * len(self) + index
+                                               for epoch, index in epochs_and_indices])
+        if self.jitter or self.num_masked or self.erase:
+            rest = []
+            for (epoch, index), image in zip(epochs_and_indices, batch["image"]):
+                with seeded(self.seed, epoch, index, 1):  # 1 keeps these draws apart from those of a crop
+                    rest.append(self.draw_rest(image))
+            batch |= default_collate(rest)
+        return batch
+
+
+class FixedCrops(Dataset):
+    """With `views` V, all V * len(dataset) crops of a TrainView, those of epoch 0 first: [row] is one of its samples.
+
+    Those that were drawn are kept, up to 1 GiB in each process, because they come back.
+    """
+
+    def __init__(self, view: TrainView):
+        self.view, self.kept = view, {}
+
+    def __len__(self) -> int:
+        return self.view.views * len(self.view)
+
+    def __getitem__(self, row: int) -> dict:
+        if row in self.kept:
+            return self.kept[row]
+        epoch, index = divmod(row, len(self.view))
+        with seeded(0, epoch, index):  # 0: the same crops for every seed
+            sample = self.view.draw_crop(index) | {"row": row}
+        if len(self.kept) < 2**30 // sample["image"].numel():
+            self.kept[row] = sample
+        return sample
+
+    def __getitems__(self, rows: list[int]) -> dict:
+        """A batch: the pixels are copied once, and nothing else is done for each sample."""
+        samples = [self[row] for row in rows]
+        numbers = {name: torch.tensor([sample[name] for sample in samples])
+                   for name in ("label", "index", "row", "unreadable")}
+        return {"image": torch.stack([sample["image"] for sample in samples])} | numbers
+
+
+def erase_box(image: Tensor) -> None:
+    """Random erasing (arXiv 1708.04896): fill a box of 2 to 33 % of an image, uint8 [3, H, W], with noise, in place.
+
+    The class must then be recognised by what is left. A model that relies on one part only, such as the head of a dog,
+    fails when the box hides it, and learns to look at the rest too.
+
+    Each pixel and channel gets a number that is standard normal once the image is normalised: normalised pixels have
+    about mean 0 and deviation 1 too, so the noise keeps these. A box of one colour would look like an object. (The
+    published code draws it after normalising. Here, colours end at 0 and 255: 3 % of the numbers lie beyond.)
+    """
+    top, left, height, width, noise = RandomErasing.get_params(image, (0.02, 1 / 3), (0.3, 3.3), None)
+    if height < image.shape[1]:  # else no box was found, and torchvision returns the whole image
+        mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        image[:, top:top + height, left:left + width] = (255 * (mean + std * noise)).round().clamp(0, 255).byte()
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Act 5: validation, every image exactly once.
+# Act 3: validation samples.
 # ---------------------------------------------------------------------------------------------------------
 
 
 class ValView(Dataset):
-    """view[index]: image uint8 [3, S, S], resized and cropped in the centre; label; index; row, which is the index too.
+    """view[index]: image uint8 [3, S, S], resized and cropped in the centre; label; index; row, which is the index too;
+    and whether the image is `readable`.
 
-    An image that cannot be read is a UserError. If `strict` is False (for training images), the next one is taken.
+    One that cannot be read is a UserError. If `strict` is False, it is black and not `readable`: leave it out.
     """
 
     def __init__(self, dataset, image_size: int, strict=True):
@@ -312,21 +337,30 @@ class ValView(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict:
+        readable = True
         try:
-            image = load_strictly(self.dataset.load, self.dataset, index)
+            image = centre_crop(load_strictly(self.dataset.load, self.dataset, index), self.size)
         except UserError:
             if self.strict:
                 raise
-            return self[(index + 1) % len(self)]
-        # The shorter side becomes 256/224 of the crop, so that a margin is cut off: objects are mostly in the middle.
-        # From 384 pixels up there is no margin, as in the paper's evaluation.
-        shorter_side = round(self.size * 256 / 224) if self.size < 384 else self.size
-        image = TF.center_crop(TF.resize(image, [shorter_side], BICUBIC), [self.size, self.size])
-        return {"image": TF.pil_to_tensor(image), "label": self.dataset.label(index), "index": index, "row": index}
+            image, readable = torch.zeros(3, self.size, self.size, dtype=torch.uint8), False
+        return {"image": image, "label": self.dataset.label(index), "index": index, "row": index, "readable": readable}
 
     def fixed(self) -> "ValView":
         """Validation images never change."""
         return self
+
+
+def centre_crop(image: Tensor, size: int) -> Tensor:
+    """uint8 [3, H, W] -> [3, size, size], the crop of evaluation."""
+    # Of a long strip only the middle will be seen. Enlarged as a whole, it could fill the memory.
+    limit = 8 * min(image.shape[1:])
+    if max(image.shape[1:]) > limit:
+        image = TF.center_crop(image, [min(length, limit) for length in image.shape[1:]])
+    # The shorter side becomes 256/224 of the crop, so that a margin is cut off: objects are mostly in the middle.
+    # From 384 pixels up there is no margin, as in the paper's evaluation.
+    shorter_side = round(size * 256 / 224) if size < 384 else size
+    return TF.center_crop(TF.resize(image, [shorter_side], BICUBIC), [size, size])
 
 
 def load_strictly(load, dataset, index: int):
@@ -341,25 +375,7 @@ def load_strictly(load, dataset, index: int):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Act 6: what a frozen network says of images that never change, computed once.
-# ---------------------------------------------------------------------------------------------------------
-
-
-class FixedCrops(Dataset):
-    """All crops of a TrainView with `views` > 0, one after the other. They are the same for every seed."""
-
-    def __init__(self, view: TrainView):
-        self.view = view
-
-    def __len__(self) -> int:
-        return self.view.views * len(self.view)
-
-    def __getitem__(self, row: int) -> dict:
-        return self.view.crop(row)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Act 7: augmentation on the device, for a whole batch at once.
+# Act 4: augmentation on the device, for a whole batch at once.
 #
 # In pre-training, student and tokenizer look at the same pixels, jitter included. Else the codes to be predicted
 # would describe other colours than the student sees. (With `data.views` they do: codes are computed once, without
@@ -369,17 +385,17 @@ class FixedCrops(Dataset):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def to_unit(images: torch.Tensor) -> torch.Tensor:
+def to_unit(images: Tensor) -> Tensor:
     """uint8 images in 0..255 as float32 in [0, 1]; float images are in [0, 1] already."""
     return images if images.is_floating_point() else images.float() / 255
 
 
-def jittered(batch: dict) -> torch.Tensor:
+def jittered(batch: dict) -> Tensor:
     """The images of a batch in [0, 1], [B, 3, H, W], after the colour jitter that it brings along, if any."""
     return color_jitter(batch["image"], batch["jitter"]) if "jitter" in batch else to_unit(batch["image"])
 
 
-def color_jitter(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
     """images [B, 3, H, W] uint8 or in [0, 1], factors [B, 3] of brightness, contrast, saturation -> [0, 1].
 
     Colours change with the light, and say little about what an object is. Jitter keeps the model from relying on them.
@@ -401,13 +417,13 @@ def color_jitter(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     return (greys + saturation * (images - greys)).clamp(0, 1)
 
 
-def grey(images: torch.Tensor) -> torch.Tensor:
+def grey(images: Tensor) -> Tensor:
     """[B, 3, H, W] -> [B, 1, H, W]. Green looks brighter than blue to the eye: the weights of ITU-R 601 say so."""
     red, green, blue = images.split(1, dim=1)
     return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
-def normalize(images: torch.Tensor, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> torch.Tensor:
+def normalize(images: Tensor, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> Tensor:
     """Shift and scale images in [0, 1] by a mean and a standard deviation for each channel, those that a model expects.
 
     Every model must get the numbers it was trained with. Other ones would change all colours and contrasts for it.
@@ -416,39 +432,5 @@ def normalize(images: torch.Tensor, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> tor
 
 
 @functools.cache  # copied to the device once, not in every step
-def channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+def channels(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)[:, None, None]  # [3, 1, 1]
-
-
-def erase_boxes(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """Fill the box of each normalised image [B, 3, H, W] with noise, for random erasing.
-
-    Each pixel and channel gets a standard normal number. Normalised pixels have about mean 0 and deviation 1 too, so
-    the noise keeps these. A box of one colour would look like an object.
-
-    boxes   int64 [B, 5]: top, left, height, width, and where in `noise_bank` the noise of this image starts. The start
-            is a part of the sample, so that an image gets the same noise on any number of ranks
-    """
-    # All coordinates are compared with all boxes at once. Writing into a slice of each image would need a loop, and the
-    # boxes as Python numbers on the host.
-    top, left, height, width, start = boxes[:, :, None].unbind(1)  # each [B, 1]
-    y = torch.arange(images.shape[2], device=images.device)
-    x = torch.arange(images.shape[3], device=images.device)
-    rows, columns = (y >= top) & (y < top + height), (x >= left) & (x < left + width)  # [B, H], [B, W]
-    inside = (rows[:, :, None] & columns[:, None, :])[:, None]  # [B, 1, H, W]
-    pixels = images[0].numel()
-    noise = noise_bank(pixels, images.device)[start + torch.arange(pixels, device=images.device)]  # [B, 3 * H * W]
-    return torch.where(inside, noise.view_as(images), images)
-
-
-NOISE = 2**20  # places in the bank where an image's noise may start
-
-
-@functools.cache
-def noise_bank(pixels: int, device: torch.device) -> torch.Tensor:
-    """[NOISE + pixels] standard normal numbers, drawn once, always the same.
-
-    Drawing new noise in each step would take it from the generator of the rank's device. Then the noise of an image
-    would depend on which rank has it, and on which images came before.
-    """
-    return torch.randn(NOISE + pixels, generator=torch.Generator().manual_seed(0)).to(device)

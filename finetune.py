@@ -36,7 +36,7 @@ from torchvision.transforms import v2
 
 from beitv2 import (POOLINGS, Classifier, ModelConfig, ModelError, VisionTransformer, load_pretrained, model_state,
                     read_model)
-from data import DataConfig, TrainView, ValView, erase_boxes, normalize, to_unit
+from data import DataConfig, TrainView, ValView, normalize, to_unit
 from support.compare import results
 from support.datasets import open_datasets, open_val_folder
 from support.errors import UserError
@@ -152,8 +152,6 @@ def finetune(config) -> None:
             # uint8 [B, 3, S, S] -> [0, 1] -> ImageNet's mean and deviation. The backbone was pre-trained on images
             # normalised like this; with other numbers its features would be worse from the start.
             images = normalize(to_unit(batch["image"]))
-            if cfg.erase:
-                images = erase_boxes(images, batch["erase"])
             # Mixing comes last because it needs two finished images: each is mixed with another one of the batch.
             images, labels = mix(images, batch["label"])  # labels: int64 [B], or shares of the classes [B, classes]
             # Matrix products run in half precision.
@@ -266,15 +264,19 @@ def extract_features(run: Run, model: VisionTransformer, loader: Any, total: int
     """Frozen features of all images that the ranks' loaders deal out, in order, on every rank.
 
     total     number of images over all ranks
-    returns   those of each pooling, "cls" and "mean", float32 [total, D], and "labels" int64 [total]
+    returns   those of each pooling, "cls" and "mean", float32 [total, D], and "labels" int64 [total]. Images that cannot
+              be read are left out
     """
     parts: dict[str, list] = {}
     for batch in loader:
         with run.autocast():
             tokens = model.features(normalize(to_unit(batch["image"].to(run.device, non_blocking=True))))
-        for name, part in (pooled(tokens) | {"labels": batch["label"].to(run.device)}).items():
+        labels = {"labels": batch["label"].to(run.device), "readable": batch["readable"].to(run.device)}
+        for name, part in (pooled(tokens) | labels).items():
             parts.setdefault(name, []).append(part)
-    return {name: gather_in_order(torch.cat(part), total) for name, part in parts.items()}
+    gathered = {name: gather_in_order(torch.cat(part), total) for name, part in parts.items()}
+    readable = gathered.pop("readable")
+    return {name: values[readable] for name, values in gathered.items()}
 
 
 @torch.no_grad()

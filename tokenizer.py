@@ -559,14 +559,17 @@ def evaluate(run: Run, model: nn.Module, features_of: Callable[[dict], Tensor], 
     features_of   batch -> the teacher's features [B, N, teacher_dim]
     """
     model.eval()
-    bank, bank_labels = [], []
+    bank, bank_labels, readable = [], [], []
     for batch in bank_loader or ():
         with run.autocast():
             ids = model.token_ids(to_unit(batch["image"].to(run.device, non_blocking=True)))
         bank.append(bag_of_ids(ids, model.num_ids))
         bank_labels.append(batch["label"].to(run.device))
+        readable.append(batch["readable"].to(run.device))
     if bank_loader:
-        bank, bank_labels = (gather_in_order(torch.cat(part), len(bank_loader.chosen)) for part in (bank, bank_labels))
+        bank, bank_labels, readable = (gather_in_order(torch.cat(part), len(bank_loader.chosen))
+                                       for part in (bank, bank_labels, readable))
+        bank, bank_labels = bank[readable], bank_labels[readable]
 
     columns = max(1, classes)
     counts = torch.zeros(model.num_ids, columns, dtype=torch.float64, device=run.device)  # patches of a code in a class

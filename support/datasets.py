@@ -3,6 +3,7 @@
 No reader of the method needs this file: a data set has `classes`, `labels`, len(), load(i), label(i) and name(i).
 """
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -12,11 +13,19 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
 from torchvision import datasets as tv
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from support.errors import UserError, explained, one_line
 from support.processes import on_main, rank, say
+
+try:
+    from torchvision.io import decode_jpeg
+except ImportError:  # torchvision 0.29 announces that a later one will have no decoders
+    decode_jpeg = None
 
 SUFFIXES = (*tv.folder.IMG_EXTENSIONS, ".jfif")  # of image files, in lower case
 HELD_OUT = 0.1  # share of a folder's images that serve for validation where there is no folder for it
@@ -121,9 +130,9 @@ def open_classes(folder: str) -> "Images":
 def open_unlabelled(folder: str) -> "Images":
     paths, passed_over = find_images(folder, but=os.path.join(folder, "val"))
     if not paths:
-        raise UserError(f"data.root: there is no image in '{folder}' ({', '.join(SUFFIXES)}{passed_text(passed_over)}): "
-                        f"set data.root=PATH to a folder of images, or, for images with classes, to one that holds "
-                        f"train/CLASS/*.jpg and val/CLASS/*.jpg")
+        kinds = ", ".join(SUFFIXES) + passed_text(passed_over)
+        raise UserError(f"data.root: there is no image in '{folder}' ({kinds}): set data.root=PATH to a folder of "
+                        f"images, or, for images with classes, to one that holds train/CLASS/*.jpg and val/CLASS/*.jpg")
     return Images(paths, [0] * len(paths), [], folder, passed_over)
 
 
@@ -140,6 +149,7 @@ def hold_out(images: "Images", root: str) -> "list[Images]":
     train, val = (Images([images.path(i) for i in np.flatnonzero(chosen)], images.labels[chosen], images.classes,
                          images.title) for chosen in (~held_out, held_out))
     train.passed_over = images.passed_over
+    train.total = val.total = len(images)
     val.title += " (held out, by a hash of the name)"
     return [train, val]
 
@@ -258,6 +268,7 @@ class Images:
     classes       their names; [] for images without labels
     title         where they are, for messages
     passed_over   how many files of each kind lie there too and are no images
+    total         how many images these are a part of, where a part was held out
     """
 
     def __init__(self, sources, labels, classes: list[str], title: str, passed_over: Counter = Counter()):
@@ -270,7 +281,7 @@ class Images:
             self.ends = np.cumsum([len(path) for path in sources])
             sources = b"".join(sources)
         self.sources, self.labels = sources, np.asarray(labels, dtype=np.int64)
-        self.classes, self.title, self.passed_over = classes, title, passed_over
+        self.classes, self.title, self.passed_over, self.total = classes, title, passed_over, len(self.labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -288,17 +299,39 @@ class Images:
     def name(self, index: int) -> str:
         return os.fsdecode(self.path(index)) if self.is_files else f"{self.title}/{index}"
 
-    def load(self, index: int) -> Image.Image:
-        """The image, decoded to its last byte, as RGB; raises whatever the decoder raises."""
-        if not self.is_files:
-            return to_rgb(Image.fromarray(self.sources[index]))
-        with Image.open(self.name(index)) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+    def load(self, index: int) -> Tensor:
+        """The image, decoded to its last byte: uint8 [3, H, W], RGB. Raises whatever the decoder raises."""
+        if self.is_files:
+            return read_image(self.path(index))
+        pixels = torch.from_numpy(self.sources[index])
+        return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels.expand(3, -1, -1)
+
+
+def read_image(path: bytes) -> Tensor:
+    """An image file, turned upright as its EXIF says: uint8 [3, H, W], RGB. Its content decides of what kind it is, not
+    its name.
+
+    Photographs come from torchvision's decoder, to the same numbers as Pillow's and in half of its time. All else is
+    Pillow's, also JPEG in the colours of printers, or broken: Pillow says in plainer words what is wrong.
+    """
+    with open(path, "rb") as file:
+        content = bytearray(file.read())
+    if decode_jpeg and content.startswith(b"\xff\xd8"):
+        with contextlib.suppress(RuntimeError):
+            pixels = decode_jpeg(torch.frombuffer(content, dtype=torch.uint8), apply_exif_orientation=True)
+            if len(pixels) < 4:  # grey or RGB
+                return pixels.expand(3, -1, -1)
+    with Image.open(path) as image:
+        # Pillow hands 16 bits of a PNG or PGM out as 32-bit "I" too. But of other files nobody knows which of these
+        # numbers is white, and Pillow would take nearly all of them for black or nearly all for white.
+        if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+            raise ValueError("its pixels are 32-bit numbers: convert it to 8 or 16 bits")
+        return pil_to_tensor(to_rgb(ImageOps.exif_transpose(image)))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as 8-bit RGB. 16 bits are scaled to 8 (PIL would clip them). Transparent parts become white."""
-    if image.mode.startswith("I"):  # 16-bit grey; older Pillow hands it out as 32-bit "I"
+    if image.mode.startswith("I"):  # 16-bit grey
         image = Image.fromarray((np.asarray(image).astype(np.int64) / 257).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -406,7 +439,7 @@ class Shapes:
 
     def __init__(self, split: str, count: int, image_size: int):
         self.split, self.size, self.title = split, image_size, f"shapes/{split}"
-        self.labels = np.arange(count) % len(self.classes)
+        self.labels, self.total = np.arange(count) % len(self.classes), count
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -417,14 +450,15 @@ class Shapes:
     def name(self, index: int) -> str:
         return f"{self.title}/{index}"
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int) -> Tensor:
+        """uint8 [3, H, W]"""
         return self.image_and_shape(index)[0]
 
     def segmentation(self, index: int) -> np.ndarray:
         """uint8 [H, W]: 0 = background, class + 1 = the shape."""
         return (self.image_and_shape(index)[1] * (self.label(index) + 1)).astype(np.uint8)
 
-    def image_and_shape(self, index: int) -> tuple[Image.Image, np.ndarray]:
+    def image_and_shape(self, index: int) -> tuple[Tensor, np.ndarray]:
         key = self.split, self.size, index  # and the class, which is index mod 10
         if key in self.drawn:
             return self.drawn[key]
@@ -433,8 +467,8 @@ class Shapes:
             self.drawn[key] = drawing
         return drawing
 
-    def draw(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """The picture, and where its shape is: bool [H, W]."""
+    def draw(self, index: int) -> tuple[Tensor, np.ndarray]:
+        """The picture, uint8 [3, H, W], and where its shape is: bool [H, W]."""
         rng = np.random.default_rng((2208_06366, self.split == "val", index))
 
         # Where: the shape's circle has a diameter of 76 to 94 % of the image, and leaves it by 3 % at most;
@@ -457,7 +491,7 @@ class Shapes:
             clutter = self.stencil([stroke(spot, end, width=rng.uniform(0.02, 0.06))])
             canvas = canvas + clutter * (colour - canvas)
         canvas = canvas + shape * (fore + self.texture(rng) - canvas)  # [H, W, 3]
-        image = Image.fromarray((255 * canvas.clip(0, 1)).round().astype(np.uint8))
+        image = torch.from_numpy((255 * canvas.clip(0, 1)).round().astype(np.uint8)).permute(2, 0, 1)
         return image, shape[..., 0] > 0.5
 
     def stencil(self, outlines, oversampling=3) -> np.ndarray:

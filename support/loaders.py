@@ -1,9 +1,14 @@
+"""Samples to batches: shuffled and dealt out to ranks and workers, and what becomes of images that cannot be read.
+
+No reader of the method needs this file: a loop takes batches from it, the same for any number of ranks and workers.
+"""
+
 import itertools
 import signal
 import sys
 
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from support import processes
 from support.errors import UserError
@@ -27,7 +32,8 @@ class TrainLoader:
     def __init__(self, view: Dataset, batch_size: int, seed: int, rank=None, world_size=None, workers=0):
         rank = processes.rank() if rank is None else rank
         world_size = processes.world_size() if world_size is None else world_size
-        self.view, self.world_size, self.unreadable = view, world_size, set()
+        self.view = view
+        self.unreadable = Unreadable(view.dataset, len(view) / world_size, "training images")
         self.batches = EpochBatches(view, batch_size, seed, rank, world_size)
         self.batches_per_epoch = len(view) // world_size // batch_size
         if self.batches_per_epoch == 0:
@@ -44,8 +50,9 @@ class TrainLoader:
         decoded for them. UserError when more than 1 % of the images turn out to be unreadable.
         """
         self.batches.epoch, self.batches.start = epoch, start
+        self.unreadable.clear()
         for batch in with_plain_errors(self.loader):
-            self.count_unreadable(batch.pop("unreadable"))
+            self.unreadable.add(batch.pop("unreadable"), "replaced by another image")
             yield batch
 
     def stream(self, first: int, per_epoch: int):
@@ -56,16 +63,34 @@ class TrainLoader:
                 first += 1
                 yield batch
 
-    def count_unreadable(self, names: list[str]):
-        for name in "\n".join(names).split("\n"):
-            if name and name not in self.unreadable:
-                self.unreadable.add(name)
-                print(f"warning: '{name}' cannot be read, replaced by another image", file=sys.stderr)
-        # A few broken files do no harm. Many mean that something is wrong, such as a disk or an unfinished copy.
-        share = len(self.view) / self.world_size  # how many images this rank reads in an epoch
-        if len(self.unreadable) > 0.01 * share:
-            raise UserError(f"{len(self.unreadable)} of {share:.0f} training images cannot be read, among them "
-                            f"'{min(self.unreadable)}': that is more than 1 %, so repair or remove them first")
+
+class Unreadable:
+    """Images that cannot be read: each one is named once, and too many end the run.
+
+    images   how many this rank reads in one pass; kind: what they are. Those that cannot be read are counted pass by
+             pass, because a rank meets other images in each epoch, and after some epochs all of them
+    """
+
+    def __init__(self, dataset, images: float, kind: str):
+        self.dataset, self.images, self.kind = dataset, images, kind
+        self.met: set[int] = set()  # in this pass
+        self.named: set[int] = set()
+
+    def clear(self) -> None:
+        self.met = set()
+
+    def add(self, numbers: torch.Tensor, fate: str) -> None:
+        """Count images by their places in the data set; a negative number is none."""
+        met = {number for number in numbers.tolist() if number >= 0}
+        for number in sorted(met - self.named):
+            print(f"warning: '{self.dataset.name(number)}' cannot be read, {fate}", file=sys.stderr)
+        self.met, self.named = self.met | met, self.named | met
+        # A few broken files do no harm. Many mean that something is wrong, such as a disk or an unfinished copy. In a
+        # folder that was divided into training and validation, all its images count, or one of twenty would be 5 %.
+        if met and 100 * len(self.met) * len(self.dataset) > self.images * self.dataset.total:
+            raise UserError(f"{len(self.met)} of {self.images:.0f} {self.kind} cannot be read, among them "
+                            f"'{self.dataset.name(min(self.met))}': that is more than 1 %, so repair or remove them "
+                            f"first")
 
 
 class EpochBatches:
@@ -91,7 +116,12 @@ def loader_options(workers: int) -> dict:
     # A DataLoader draws a seed for its workers. Without a generator of its own it would take it from the default one,
     # and so change the random numbers of the training loop.
     return dict(num_workers=min(workers, cores()), worker_init_fn=start_worker,
-                pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+                pin_memory=torch.cuda.is_available(), generator=torch.Generator(), collate_fn=collate)
+
+
+def collate(samples: list[dict] | dict) -> dict:
+    """A list of samples as one batch; what is a batch already stays as it is."""
+    return samples if isinstance(samples, dict) else default_collate(samples)
 
 
 def start_worker(_: int):
@@ -119,7 +149,9 @@ class ValLoader:
 
     Rank r of W has positions r, r + W, r + 2W, ... A rank may have one image fewer than another: if it were given one
     more to make them equal, that image would count twice in the accuracy. With batch_size None, images come one by one.
-    UserError if there are more ranks than images, or, while iterating, if an image cannot be read.
+
+    UserError if there are more ranks than images, or, while iterating, if an image cannot be read. If the view is not
+    strict, such images are named, `readable` is False for them, and the error comes when they are more than 1 %.
     """
 
     def __init__(self, view: Dataset, batch_size: int | None, rank=None, world_size=None, workers=0, indices=None):
@@ -130,10 +162,15 @@ class ValLoader:
             raise UserError(f"{len(self.chosen)} image(s) to evaluate cannot be shared by {world_size} processes: use "
                             f"fewer processes, or add validation images")
         mine = self.chosen[rank::world_size]
+        self.unreadable = Unreadable(view.dataset, len(self.chosen) / world_size, "images")
         self.loader = DataLoader(view, batch_size, sampler=mine, **loader_options(workers))
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self):
-        return with_plain_errors(self.loader)
+        self.unreadable.clear()
+        for batch in with_plain_errors(self.loader):
+            if "readable" in batch:
+                self.unreadable.add(batch["index"][~batch["readable"]], "left out")
+            yield batch

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ImageOps
 from torchvision.transforms.v2 import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -46,7 +46,7 @@ def full_view(dataset, seed=3):
 
 
 def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a if k != "unreadable")
+    return a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
 
 
 def truncate(file: Path):
@@ -142,7 +142,7 @@ def test_more_masked_patches_than_patches():
 def test_a_sample_has_what_was_asked_for():
     sample = full_view(shapes())[0, 7]
     assert sample["image"].shape == (3, 16, 16) and sample["image"].dtype == torch.uint8
-    assert sample["label"] == 7 and sample["index"] == 7 and sample["unreadable"] == ""
+    assert sample["label"] == 7 and sample["index"] == 7 and sample["unreadable"] == -1
     assert sample["mask"].shape == (16,) and sample["mask"].sum() == 6
     assert sample["jitter"].shape == (3,) and ((sample["jitter"] >= 0.6) & (sample["jitter"] <= 1.4)).all()
     assert data.TrainView(shapes(), 0, 16)[0, 7].keys() == {"image", "label", "index", "unreadable"}
@@ -161,12 +161,25 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone():
     assert len({tuple(view[epoch, 5]["mask"].tolist()) for epoch in range(10)}) > 5
 
 
+def test_rand_augment_gets_the_crop_and_its_result_is_the_sample():
+    plain, augmented = (data.TrainView(shapes(), 0, 16, rand_augment=on) for on in (False, True))
+    given = []
+    augmented.rand_augment = lambda picture: given.append(picture) or ImageOps.invert(picture)
+    for epoch in range(4):
+        image = plain[epoch, 3]["image"]
+        assert torch.equal(augmented[epoch, 3]["image"], 255 - image)
+        assert np.array_equal(given[-1], image.permute(1, 2, 0))
+    changed = [not torch.equal(plain[e, 3]["image"], data.TrainView(shapes(), 0, 16, rand_augment=True)[e, 3]["image"])
+               for e in range(8)]
+    assert sum(changed) >= 6
+
+
 def test_crops_cover_the_asked_share_and_half_are_flipped():
     # One channel runs from left to right, one from top to bottom, so that a crop tells where it was taken.
     ramp = np.broadcast_to(np.arange(256, dtype=np.uint8), (256, 256))
     class Ramp:
         def __len__(self): return 1
-        def load(self, _): return Image.fromarray(np.stack([ramp, ramp.T, ramp], 2))
+        def load(self, _): return torch.from_numpy(np.stack([ramp, ramp.T, ramp]))
         def label(self, _): return 0
     view = data.TrainView(Ramp(), 0, 32, crop_scale=(0.2, 0.5))
     flips, areas = [], []
@@ -180,37 +193,73 @@ def test_crops_cover_the_asked_share_and_half_are_flipped():
     assert 0.17 < min(areas) < 0.24 and 0.46 < max(areas) < 0.53
 
 
+def erased_box(before: torch.Tensor, after: torch.Tensor) -> list[int] | None:
+    """Top, left, height and width of where two images differ, if they do."""
+    places = (before != after).any(dim=0).nonzero()
+    if len(places) == 0:
+        return None
+    (top, left), (bottom, right) = places.min(dim=0).values.tolist(), places.max(dim=0).values.tolist()
+    return [top, left, bottom - top + 1, right - left + 1]
+
+
 def test_erased_boxes_have_the_asked_probability_and_area():
-    view = data.TrainView(shapes(count=10), 0, 64, erase=0.25)
-    boxes = torch.stack([view[epoch, 0]["erase"] for epoch in range(600)])
-    erased = boxes[boxes[:, 2] > 0]
+    plain, erasing = (data.TrainView(shapes(count=10), 0, 64, erase=erase) for erase in (0.0, 0.25))
+    boxes = [erased_box(plain[epoch, 0]["image"], erasing[epoch, 0]["image"]) for epoch in range(600)]
+    erased = [box for box in boxes if box]
     assert 0.19 < len(erased) / 600 < 0.31
-    assert (erased[:, :2] + erased[:, 2:4] <= 64).all() and (erased[:, :2] >= 0).all()
-    area = erased[:, 2] * erased[:, 3] / 64 ** 2
-    assert 0.015 < area.min() and area.max() < 0.345 and area.max() > 0.25
+    areas = [height * width / 64 ** 2 for _, _, height, width in erased]
+    assert 0.015 < min(areas) and max(areas) < 0.345 and max(areas) > 0.25
+    ratios = [height / width for _, _, height, width in erased]
+    assert 0.25 < min(ratios) < 0.5 and 2 < max(ratios) < 4
+
+
+def test_a_box_is_filled_with_normal_noise_and_nothing_else_is_changed():
+    torch.manual_seed(0)
+    for _ in range(20):
+        image = torch.full((3, 64, 64), 7, dtype=torch.uint8)
+        data.erase_box(image)
+        top, left, height, width = erased_box(torch.full_like(image, 7), image)
+        assert (image != 7).float().mean() == pytest.approx(height * width / 64 ** 2, rel=0.05), "one box, all of it"
+        if height * width > 500:
+            noise = data.normalize(data.to_unit(image[None]))[0, :, top:top + height, left:left + width]
+            assert (noise.mean(dim=(1, 2)).abs() < 0.12).all() and ((noise.std(dim=(1, 2)) - 0.96).abs() < 0.1).all()
+            assert not torch.equal(noise[0], noise[1]), "a value per channel"
 
 
 def test_where_torchvision_finds_no_box_nothing_is_erased(monkeypatch):
     monkeypatch.setattr(data.RandomErasing, "get_params", lambda image, *_: (0, 0, *image.shape[1:], image))
-    assert data.TrainView(shapes(), 0, 16, erase=1.0)[0, 0]["erase"].tolist() == [0] * 5
+    plain, erasing = (data.TrainView(shapes(), 0, 16, erase=erase)[0, 0]["image"] for erase in (0.0, 1.0))
+    assert torch.equal(plain, erasing)
 
 
 # --- fixed views ----------------------------------------------------------------------------------------------------
 
 
 def test_with_views_the_crop_comes_back_and_all_else_is_drawn_anew():
-    view = data.TrainView(shapes(), 3, 16, jitter=0.4, num_masked=6, mask_grid=4, min_block=2, erase=1.0, views=2)
-    first, other, again = view[0, 5], view[1, 5], view[2, 5]
+    view = data.TrainView(shapes(), 3, 16, jitter=0.4, num_masked=6, mask_grid=4, min_block=2, views=2)
+    first, other, again = (batch_of(view, epoch) for epoch in (0, 1, 2))
+    assert first["row"].tolist() == again["row"].tolist() == [5, 6] and other["row"].tolist() == [45, 46]
     assert torch.equal(first["image"], again["image"]) and not torch.equal(first["image"], other["image"])
-    for drawn in ("jitter", "mask", "erase"):
-        assert not torch.equal(first[drawn], again[drawn])
-    assert same(again, view[2, 5])
-    assert torch.equal(first["image"], data.TrainView(shapes(), 0, 16, jitter=0.4)[0, 5]["image"])  # as without views
-    assert torch.equal(other["image"], data.FixedCrops(view)[40 + 5]["image"])
-    reseeded = data.TrainView(shapes(), 4, 16, jitter=0.4, num_masked=6, mask_grid=4, min_block=2, erase=1.0, views=2)[0, 5]
+    for drawn in ("jitter", "mask"):
+        assert not torch.equal(first[drawn], again[drawn]) and not torch.equal(first[drawn][0], first[drawn][1])
+    assert same(again, batch_of(view, 2))
+    assert torch.equal(first["image"][0], data.TrainView(shapes(), 0, 16, jitter=0.4)[0, 5]["image"])  # as without views
+    assert torch.equal(other["image"][0], view.fixed()[40 + 5]["image"]) and len(view.fixed()) == 80
+    reseeded = batch_of(data.TrainView(shapes(), 4, 16, jitter=0.4, num_masked=6, mask_grid=4, min_block=2, views=2), 0)
     assert torch.equal(first["image"], reseeded["image"])  # another seed has the same crops, but draws all else anew
-    for drawn in ("jitter", "mask", "erase"):
+    for drawn in ("jitter", "mask"):
         assert not torch.equal(first[drawn], reseeded[drawn])
+    assert data.TrainView(shapes(), 3, 16).fixed() is None
+
+
+def batch_of(view, epoch: int) -> dict:
+    return view.__getitems__([(epoch, 5), (epoch, 6)])
+
+
+def test_fixed_crops_are_erased_anew_each_time():
+    plain, erasing = (data.TrainView(shapes(), 3, 16, erase=erase, views=1) for erase in (0.0, 1.0))
+    crops, first, again = batch_of(plain, 0)["image"], batch_of(erasing, 0)["image"], batch_of(erasing, 1)["image"]
+    assert not torch.equal(first, again) and torch.equal(erasing.fixed()[5]["image"], crops[0])
 
 
 # --- validation ----------------------------------------------------------------------------------------------------
@@ -221,7 +270,7 @@ def test_the_evaluation_crop(size, left_out):
     # A ramp twice as wide as high: the first and last column tell how much the crop left out.
     class Ramp:
         def __len__(self): return 1
-        def load(self, _): return Image.fromarray(np.tile(np.linspace(0, 255, 1024).astype(np.uint8), (512, 1))).convert("RGB")
+        def load(self, _): return torch.linspace(0, 255, 1024).byte().expand(3, 512, 1024)
         def label(self, _): return 0
     (batch,) = ValLoader(data.ValView(Ramp(), size), 1)
     assert batch["image"].shape == (1, 3, size, size) and batch["image"].dtype == torch.uint8
@@ -229,6 +278,17 @@ def test_the_evaluation_crop(size, left_out):
     margin = (2 * shorter - size) / 2 / (2 * shorter)  # of the width, on either side
     row = batch["image"][0, 0, size // 2].float() / 255
     assert row[0] == pytest.approx(margin, abs=0.006) and row[-1] == pytest.approx(1 - margin, abs=0.006)
+
+
+@pytest.mark.parametrize("height, width", [(2, 20000), (20000, 1), (40, 400)])
+def test_the_evaluation_crop_of_a_long_strip_is_its_middle(height, width):
+    """Enlarged as a whole, 2 x 20,000 pixels would take 2 GB: 256 x 2,560,000."""
+    strip = torch.zeros(3, height, width, dtype=torch.uint8)
+    middle = strip[:, height // 2 - 5:, :][:, :10] if height > width else strip[:, :, width // 2 - 5:][:, :, :10]
+    middle += 200
+    crop = data.centre_crop(strip, 224)
+    assert crop.shape == (3, 224, 224) and crop[:, 112, 112].tolist() == [200] * 3
+    assert (crop > 100).all() == (min(height, width) < 8)
 
 
 # --- on the device -------------------------------------------------------------------------------------------------------
@@ -251,24 +311,3 @@ def test_normalize_is_torchvisions():
     images = torch.rand(2, 3, 5, 5)
     for mean, std in ((data.IMAGENET_MEAN, data.IMAGENET_STD), ([0.5] * 3, [0.25] * 3)):
         assert torch.allclose(data.normalize(images, mean, std), F.normalize(images, list(mean), list(std)), atol=1e-6)
-
-
-def test_erase_boxes_fills_the_boxes_with_normal_noise_and_nothing_else():
-    torch.manual_seed(0)
-    images = torch.full((3, 3, 64, 64), 7.0)
-    boxes = torch.tensor([[2, 5, 40, 50, 0], [0, 0, 0, 0, 0], [60, 60, 4, 4, data.NOISE - 1]])
-    erased = data.erase_boxes(images, boxes)
-    changed = erased != 7
-    expected = torch.zeros(3, 64, 64, dtype=torch.bool)
-    expected[0, 2:42, 5:55], expected[2, 60:, 60:] = True, True
-    assert torch.equal(changed, expected[:, None].expand_as(changed))
-    noise = erased[0][:, 2:42, 5:55]
-    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
-    assert not torch.equal(noise[0], noise[1]), "a value per channel"
-
-
-def test_erased_noise_belongs_to_the_sample_and_not_to_its_batch():
-    images, boxes = torch.zeros(2, 3, 16, 16), torch.tensor([[0, 0, 8, 8, 7], [0, 0, 8, 8, 99]])
-    both = data.erase_boxes(images, boxes)
-    assert torch.equal(both[1:], data.erase_boxes(images[1:], boxes[1:]))
-    assert not torch.equal(both[0], both[1])

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from torchvision.transforms.v2.functional import pil_to_tensor, resized_crop, to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
-from support.datasets import NAMED, open_classes, open_dataset, open_datasets, open_files, open_folder, require_labels  # noqa: E402
+from support.datasets import (NAMED, open_classes, open_dataset, open_datasets, open_files, open_folder,  # noqa: E402
+                              read_image, require_labels, to_rgb)
 from support.errors import UserError  # noqa: E402
 from test_data import folder, shapes  # noqa: E402
 
@@ -72,7 +74,7 @@ def test_a_named_data_set_opens(tmp_path):
         dataset = open_dataset(data.DataConfig("cifar10", root=str(tmp_path)), "train")
     assert len(dataset) == 20 and dataset.classes == meta["label_names"] and list(dataset.labels[:4]) == [3, 1, 4, 1]
     assert dataset.name(5) == "cifar10/train/5" and dataset.label(2) == 4
-    assert np.array_equal(np.asarray(dataset.load(1)), pixels[1].reshape(3, 32, 32).transpose(1, 2, 0))
+    assert np.array_equal(dataset.load(1), pixels[1].reshape(3, 32, 32))
 
 
 # --- folders, with labels and without ----------------------------------------------------------------------------------
@@ -233,10 +235,75 @@ def test_every_kind_of_image_decodes_to_sensible_rgb(tmp_path):
     dataset = open_classes(str(tmp_path / "train"))
     assert len(dataset) == len(wanted)
     for i in range(len(dataset)):
-        image, (left, right) = dataset.load(i), wanted[Path(dataset.name(i)).name]
-        assert image.mode == "RGB" and image.size == (8, 8)
+        image, (left, right) = dataset.load(i).int(), wanted[Path(dataset.name(i)).name]
+        assert dataset.load(i).dtype == torch.uint8 and image.shape == (3, 8, 8)
         for x, colour in ((1, left), (6, right)):
-            assert np.abs(np.subtract(image.getpixel((x, 4)), colour)).max() <= 6, (dataset.name(i), image.getpixel((x, 4)))
+            assert (image[:, 4, x] - torch.tensor(colour)).abs().max() <= 6, (dataset.name(i), image[:, 4, x])
+
+
+def by_pillow(path: Path) -> torch.Tensor:
+    """What Pillow alone makes of a file."""
+    with Image.open(path) as image:
+        return pil_to_tensor(to_rgb(ImageOps.exif_transpose(image)))
+
+
+def photo(width=150, height=113) -> Image.Image:
+    """Something with soft and hard edges in all colours."""
+    y, x = np.mgrid[0:height, 0:width] / 30
+    waves = np.stack([np.sin(x + y), np.cos(x * y), np.sign(np.sin(3 * x)) * 0.5], axis=2)
+    return Image.fromarray((128 + 100 * waves).astype(np.uint8))
+
+
+@pytest.mark.parametrize("kind", [
+    "rgb.jpg", "grey.jpg", "progressive.jpg", "subsampled.jpg", "full.jpg", "cmyk.jpg", "mpo.jpg", "rgb.png",
+    "palette.png", "sixteen.png", "alpha.png", "webp.webp", "lies.png", "lies.jpg", "rest.jpg", "jfif.jfif"])
+def test_every_kind_of_file_decodes_and_crops_as_pillow_does(tmp_path, kind):
+    image, file = photo(), tmp_path / kind
+    saved = {"grey.jpg": lambda: image.convert("L").save(file), "cmyk.jpg": lambda: image.convert("CMYK").save(file),
+             "progressive.jpg": lambda: image.save(file, progressive=True),
+             "subsampled.jpg": lambda: image.save(file, subsampling=2), "full.jpg": lambda: image.save(file, subsampling=0),
+             "mpo.jpg": lambda: image.save(file, format="MPO", save_all=True, append_images=[image]),
+             "palette.png": lambda: image.quantize(16).save(file), "alpha.png": lambda: image.convert("RGBA").save(file),
+             "sixteen.png": lambda: Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(file),
+             "lies.png": lambda: image.save(file, format="JPEG"), "lies.jpg": lambda: image.save(file, format="PNG"),
+             "jfif.jfif": lambda: image.save(file, format="JPEG"),
+             "rest.jpg": lambda: (image.save(file), file.write_bytes(file.read_bytes() + b"more"))}
+    saved.get(kind, lambda: image.save(file))()
+    pixels, expected = read_image(os.fsencode(file)), by_pillow(file)
+    assert pixels.dtype == torch.uint8 and pixels.shape == expected.shape == (3, 113, 150)
+    assert (pixels.int() - expected.int()).abs().max() <= 1
+    box = 10, 20, 80, 90, [64, 64], data.BICUBIC
+    crops = resized_crop(pixels, *box), pil_to_tensor(resized_crop(to_pil_image(expected), *box))
+    difference = (crops[0].int() - crops[1].int()).abs()
+    assert difference.max() <= 2 and (difference > 1).float().mean() < 0.001
+
+
+@pytest.mark.parametrize("orientation", range(9))  # 1 to 8 are known, 0 is none
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_photographs_are_turned_as_pillow_turns_them(tmp_path, orientation, name):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo().save(tmp_path / name, exif=exif)
+    pixels = read_image(os.fsencode(tmp_path / name))
+    assert torch.equal(pixels, by_pillow(tmp_path / name))
+    assert pixels.shape[1:] == ((150, 113) if orientation > 4 else (113, 150))
+
+
+@pytest.mark.parametrize("lost", [1, 2, 10, 300, 2000])
+def test_truncated_photographs_fail_as_before(tmp_path, lost):
+    photo().save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(content[:-lost])
+    with pytest.raises(OSError, match="(?i)truncated"):
+        read_image(os.fsencode(tmp_path / "a.jpg"))
+
+
+@pytest.mark.parametrize("pixels", [np.linspace(0, 1, 64, dtype=np.float32), np.arange(64, dtype=np.int32),
+                                    np.full(64, 2_000_000_000, np.int32)])
+def test_numbers_without_a_known_white_are_refused(tmp_path, pixels):
+    Image.fromarray(np.tile(pixels, (8, 1))).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="32-bit numbers: convert it to 8 or 16 bits"):
+        read_image(os.fsencode(tmp_path / "a.tif"))
 
 
 # --- shapes ------------------------------------------------------------------------------------------------------------
@@ -252,7 +319,7 @@ def test_photographs_are_turned_upright_wherever_they_are_used(tmp_path):
     picture.save(file, exif=exif)
     upright = np.rot90(np.asarray(picture), -1)
     for images in (open_files(str(file)), open_classes(str(tmp_path / "train")), *open_folder(str(tmp_path), "train")):
-        assert np.array_equal(np.asarray(images.load(0)), upright)
+        assert np.array_equal(images.load(0).permute(1, 2, 0), upright)
 
 
 def test_a_link_that_points_upwards_counts_no_image_twice(tmp_path):
@@ -272,17 +339,17 @@ def test_a_link_that_points_upwards_counts_no_image_twice(tmp_path):
 
 def test_shapes_are_drawn_from_split_and_index_alone():
     few, many = shapes(count=20), shapes(count=40)
-    order = [list(map(np.asarray, map(few.load, range(20)))), list(map(np.asarray, map(many.load, reversed(range(20)))))[::-1]]
-    assert np.array_equal(*order)
-    assert len({image.tobytes() for image in order[0]}) == 20
-    assert not np.array_equal(np.asarray(few.load(0)), np.asarray(shapes("val").load(0)))
+    order = [torch.stack([few.load(i) for i in range(20)]), torch.stack([many.load(i) for i in reversed(range(20))]).flip(0)]
+    assert torch.equal(*order)
+    assert len({image.numpy().tobytes() for image in order[0]}) == 20
+    assert not torch.equal(few.load(0), shapes("val").load(0))
     assert set(few.labels) == set(range(len(few.classes))) and few.name(17) == "shapes/train/17"
 
 
 def test_shapes_come_with_their_segmentation():
     dataset = shapes(count=200, size=64)
     for index in range(200):
-        mask, image = dataset.segmentation(index), np.asarray(dataset.load(index)).astype(float)
+        mask, image = dataset.segmentation(index), dataset.load(index).permute(1, 2, 0).numpy().astype(float)
         assert mask.shape == (64, 64) and mask.dtype == np.uint8
         inside = mask == dataset.label(index) + 1
         assert (inside | (mask == 0)).all() and 0.03 < inside.mean() < 0.7
@@ -293,7 +360,7 @@ def test_shapes_come_with_their_segmentation():
 def test_a_linear_model_on_pixels_fails_on_shapes():
     def pixels(split, count):
         dataset = shapes(split, count, size=48)
-        images = [torch.from_numpy(np.array(dataset.load(i))) for i in range(count)]
+        images = [dataset.load(i) for i in range(count)]
         return torch.stack(images).flatten(1).float() / 255, torch.from_numpy(dataset.labels)
 
     (x, y), (x_val, y_val) = pixels("train", 2000), pixels("val", 500)

@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 from support import loaders  # noqa: E402
-from support.datasets import open_dataset  # noqa: E402
+from support.datasets import open_dataset, open_datasets  # noqa: E402
 from support.errors import UserError  # noqa: E402
 from support.loaders import TrainLoader, ValLoader  # noqa: E402
 from test_data import all_same, folder, full_view, same, shapes, truncate  # noqa: E402
@@ -29,6 +29,22 @@ def test_batches_are_the_same_for_any_number_of_workers():
     assert alone.batches_per_epoch == 5
     for epoch in (0, 1):  # twice: the workers live on
         assert all_same(alone.epoch(epoch), helped.epoch(epoch))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_fixed_crops_hold_the_samples_that_were_asked_for(workers):
+    view = data.TrainView(shapes(count=23), 3, 16, jitter=0.4, num_masked=6, mask_grid=4, views=2)
+    whole = [list(TrainLoader(view, 4, seed=1, workers=workers).epoch(epoch)) for epoch in (0, 1)]
+    for epoch, batches in enumerate(whole):
+        assert len(batches) == 5
+        for batch in batches:
+            assert torch.equal(batch["row"], epoch * 23 + batch["index"]) and batch["row"].dtype == torch.int64
+            assert torch.equal(batch["image"], view.fixed().__getitems__(batch["row"].tolist())["image"])
+            assert torch.equal(batch["label"], batch["index"] % 10)
+    assert all_same(whole[1][2:], TrainLoader(view, 4, seed=1).epoch(1, start=2))
+    halves = [TrainLoader(view, 2, seed=1, rank=rank, world_size=2).epoch(1) for rank in (0, 1)]
+    for batch, even, odd in zip(whole[1], *halves):
+        assert same(batch, {key: torch.stack([even[key], odd[key]], 1).flatten(0, 1) for key in batch})
 
 
 def test_an_epoch_restarts_in_its_middle():
@@ -139,7 +155,7 @@ def test_an_unreadable_training_image_is_named_and_replaced(tmp_path, capsys, wo
         labels = torch.cat([batch["label"] for batch in batches]).tolist()
         assert len(indices) == 120 and str(broken) not in map(dataset.name, indices)
         assert labels == [dataset.label(i) for i in indices], "the label must be the replacement's"
-    assert loader.unreadable == {str(broken)}
+    assert {dataset.name(i) for i in loader.unreadable.named} == {str(broken)}
     assert capsys.readouterr().err.count(str(broken)) == 1
 
 
@@ -160,9 +176,38 @@ def test_a_stream_runs_over_the_ends_of_epochs():
 def test_each_rank_may_meet_its_share_of_unreadable_images():
     """Of 800 images, 1 % is 8: for each of four ranks, which sees 200 of them in an epoch, it is 2."""
     loader = TrainLoader(data.TrainView(shapes(count=800), 0, 16), 4, seed=0, rank=3, world_size=4)
-    loader.count_unreadable(["a", "", "b\na"])
+    loader.unreadable.add(torch.tensor([4, -1, 7, 4]), "replaced")
+    loader.unreadable.clear()  # the next epoch: each rank will have met all 8 some day
+    loader.unreadable.add(torch.tensor([5, 3]), "replaced")
     with pytest.raises(UserError, match="3 of 200 .* more than 1 %"):
-        loader.count_unreadable(["c"])
+        loader.unreadable.add(torch.tensor([4]), "replaced")
+
+
+def test_held_out_images_count_as_a_part_of_their_folder(tmp_path):
+    """Two broken files of 200 are 1 %, wherever the hash puts them."""
+    for i in range(200):
+        (tmp_path / f"{i}.jpg").touch()
+    for images in open_datasets(data.DataConfig("imagefolder", root=str(tmp_path))):
+        loader = ValLoader(data.ValView(images, 16, strict=False), 4)
+        loader.unreadable.add(torch.tensor([3, 4]), "left out")
+        with pytest.raises(UserError, match="3 of .* more than 1 %"):
+            loader.unreadable.add(torch.tensor([5]), "left out")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_left_out_of_a_bank(tmp_path, capsys, workers):
+    config = folder(tmp_path, train=120)
+    truncate(tmp_path / "train/dog/007.png")
+    dataset = open_dataset(config, "train")
+    batches = list(ValLoader(data.ValView(dataset, 16, strict=False), 50, workers=workers))
+    readable, index = (torch.cat([batch[name] for batch in batches]) for name in ("readable", "index"))
+    assert index.tolist() == list(range(120))
+    assert [dataset.name(i) for i in index[~readable]] == [f"{tmp_path}/train/dog/007.png"]
+    assert capsys.readouterr().err == f"warning: '{tmp_path}/train/dog/007.png' cannot be read, left out\n"
+    for file in (tmp_path / "train/dog").iterdir():
+        truncate(file)
+    with pytest.raises(UserError, match="of 120 images cannot be read.* more than 1 %"):
+        list(ValLoader(data.ValView(dataset, 16, strict=False), 50, workers=workers))
 
 
 def test_too_many_unreadable_training_images_end_the_run(tmp_path):

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torchvision.transforms.v2.functional import to_pil_image
 
 CODE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CODE))
@@ -1051,7 +1052,7 @@ def photos(home: Path) -> Path:
     (folder / "more").mkdir(parents=True, exist_ok=True)
     set_ = Shapes("val", 6, 20)
     for i, name in enumerate(("a.png", "b.jpg", "c.webp", "d.png", "more/e.png")):
-        set_.load(i).convert("L" if name == "d.png" else "RGB").save(folder / name)
+        to_pil_image(set_.load(i)).convert("L" if name == "d.png" else "RGB").save(folder / name)
     (folder / "notes.txt").write_text("no image")
     Image.new("CMYK", (30, 20)).save(folder / "f.jpg")
     return folder
@@ -1160,7 +1161,7 @@ def test_evaluation_on_some_of_the_classes(home, capsys):
         if validation.classes[validation.label(i)] in names:
             folder = root / validation.classes[validation.label(i)]
             folder.mkdir(parents=True, exist_ok=True)
-            validation.load(i).save(folder / f"{i}.png")
+            to_pil_image(validation.load(i)).save(folder / f"{i}.png")
     given = "finetune.eval_only=true", "data.dataset=imagefolder", f"data.root={root}"
     start("finetune", home, "base", *given)
     shown = capsys.readouterr().out
