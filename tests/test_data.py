@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
