@@ -1,14 +1,10 @@
-"""What the pictures say: which patch has which code, which token attends to which, where a curve's points lie."""
+"""What the page says: which patch has which code, which token attends to which."""
 
-import html
-import json
 import math
-import re
 import sys
 import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,10 +16,9 @@ import pretrain  # noqa: E402
 import tokenizer as vqkd  # noqa: E402
 import visualize  # noqa: E402
 from beitv2 import MaskedImageModel, VisionTransformer  # noqa: E402
-from support.compare import read_curves  # noqa: E402
 from support.datasets import Shapes  # noqa: E402
 from support.errors import UserError  # noqa: E402
-from support.pictures import HIT, heat_map, line_chart, mask_picture, page, patch_with_context, scatter_chart, ticks, token_map  # noqa: E402
+from support.pictures import token_map  # noqa: E402
 
 
 def config(**options):
@@ -67,7 +62,8 @@ def test_shares_of_classes():
 
 def test_nearest_codes_are_those_of_the_highest_cosine():
     codebook = F.normalize(torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [-1, 0]]), dim=1)
-    (first, cosine), (second, zero) = visualize.nearest_codes(codebook, 0, 2)
+    lengths = torch.tensor([[2.0], [0.5], [3], [1]])  # a teacher's mean features have any
+    (first, cosine), (second, zero) = visualize.nearest_codes(lengths * codebook, 0, 2)
     assert (first, second) == (1, 2) and cosine == pytest.approx(0.9 / math.hypot(0.9, 0.1)) and zero == pytest.approx(0)
 
 
@@ -80,22 +76,18 @@ def test_colours_belong_to_codes_for_good():
     assert picture.shape == (6, 6, 3) and (picture[:3, 3:] == colours[2]).all() and (picture[3:, 3:] == colours[3]).all()
 
 
-def test_a_patch_with_its_surroundings():
-    """Row 1, column 2 of 4-pixel patches: two pixels more on each side, and a frame around the patch."""
-    image = torch.arange(256, dtype=torch.int64).view(1, 16, 16).expand(3, -1, -1).byte()
-    picture = patch_with_context(image, 1, 2, 4, 4)
-    assert picture.shape == (32, 32, 3)
-    assert picture[0, 0, 0] == image[0, 2, 6] and picture[-1, -1, 0] == image[0, 9, 13]
-    assert picture[16, 16, 0] == image[0, 6, 10]
-    corner = patch_with_context(image, 0, 0, 4, 1)  # outside the image its edge goes on
-    assert corner[0, 0, 0] == image[0, 0, 0]
-
-
 def test_the_mean_patch_of_a_code():
     images = torch.randint(0, 256, (3, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
     ids = torch.tensor([[[0, 1], [0, 0]], [[1, 0], [0, 0]], [[0, 0], [0, 0]]])
     expected = (images[0, :, :4, 4:].float() + images[1, :, :4, :4].float()) / 2
     assert torch.equal(visualize.mean_patch(images, ids, 1, 4), expected)
+
+
+def test_an_image_without_labels_is_called_by_its_file():
+    seen = visualize.Seen(torch.zeros(2, 3, 8, 8), torch.tensor([1, 0]), ["a/x.jpg", "a/y.jpg"], ["cat", "dog"])
+    assert [seen.caption(i) for i in (0, 1)] == ["dog", "cat"]
+    seen.classes = []
+    assert [seen.caption(i) for i in (0, 1)] == ["x.jpg", "y.jpg"]
 
 
 # -- predictions --------------------------------------------------------------------------------------------------
@@ -106,33 +98,17 @@ def test_hits_and_beliefs_are_those_of_the_model():
     model = MaskedImageModel(vocab_size=9, early_layers=1, head_layers=1, image_size=16, patch_size=4, embed_dim=16,
                              depth=2, num_heads=2, rel_pos_bias="shared").eval()
     images, ids = torch.randint(0, 256, (3, 3, 16, 16)).byte(), torch.randint(0, 9, (3, 4, 4))
-    said = visualize.predict_masked(model, images, ids, config())
-    assert said.masked.shape == (3, 5) and said.top.shape == said.share.shape == (3, 5, 5)
-    logits, head_logits = model(data.normalize(images / 255), said.masked)
-    for i in range(3):
-        for m in range(5):
-            place = int(said.masked[i, m])
-            assert said.truth[i, m] == ids[i, place // 4, place % 4]
-            assert said.hits["backbone"][i, m] == (logits[i, m].argmax() == said.truth[i, m])
-            assert said.hits["aggregation head"][i, m] == (head_logits[i, m].argmax() == said.truth[i, m])
-            assert said.top[i, m].tolist() == logits[i, m].argsort(descending=True)[:5].tolist()
-    assert torch.allclose(said.share, logits.softmax(dim=-1).gather(2, said.top), atol=1e-6)
-
-
-def test_masks_and_hits_are_painted_where_they_are():
-    image = torch.full((3, 16, 16), 77, dtype=torch.uint8)
-    masked, hits = torch.tensor([1, 6, 15]), torch.tensor([True, False, True])
-    grey = mask_picture(image, masked, None, 4, 2)
-    painted = mask_picture(image, masked, hits, 4, 2)
-    for place in range(16):
-        top, left = place // 4 * 8, place % 4 * 8
-        cells = [picture[top:top + 8, left:left + 8] for picture in (grey, painted)]
-        if place not in masked:
-            assert (cells[0] == 77).all() and (cells[1] == 77).all()
-        else:
-            assert (cells[0] == 128).all()
-            colour = HIT if hits[masked.tolist().index(place)] else pretrain.MISS
-            assert tuple(cells[1][1, 4]) == colour
+    masked, truth, said = visualize.predict_masked(model, images, ids, config())
+    assert masked.shape == truth.shape == (3, 5) and said.keys() == {"mim", "cls"}
+    for name, logits in model(data.normalize(images / 255), masked).items():
+        assert said[name].top.shape == said[name].share.shape == (3, 5, 5)
+        for i in range(3):
+            for m in range(5):
+                place = int(masked[i, m])
+                assert truth[i, m] == ids[i, place // 4, place % 4]
+                assert said[name].hits[i, m] == (logits[i, m].argmax() == truth[i, m])
+                assert said[name].top[i, m].tolist() == logits[i, m].argsort(descending=True)[:5].tolist()
+        assert torch.allclose(said[name].share, logits.softmax(dim=-1).gather(2, said[name].top), atol=1e-6)
 
 
 # -- attention ----------------------------------------------------------------------------------------------------
@@ -158,14 +134,6 @@ def test_attention_is_that_of_the_block(options):
     assert torch.allclose(attention.proj((maps @ values).transpose(1, 2).flatten(2)), output, atol=1e-4)
 
 
-def test_a_heat_map_is_brightest_where_the_value_is_largest():
-    values = torch.tensor([[0.1, 0.2], [0.9, 0.3]])
-    picture = heat_map(values, 8).astype(int)
-    assert picture.shape == (8, 8, 3)
-    brightness = picture.sum(axis=-1)[2::4, 2::4]
-    assert (brightness.argsort(axis=None) == values.numpy().argsort(axis=None)).all()
-
-
 # -- pixels, features ---------------------------------------------------------------------------------------------
 
 
@@ -176,8 +144,7 @@ def test_the_pixel_decoder_learns_what_codes_say():
 
         def __init__(self):
             super().__init__()
-            self.quantize = types.SimpleNamespace(embedding=torch.nn.Embedding(4, 6))
-            self.quantize.embedding.weight.requires_grad_(False)
+            self.vectors = torch.randn(4, 6)
 
         def token_ids(self, images):
             return (F.avg_pool2d(images.mean(dim=1), 4) * 3.999).long().flatten(1)
@@ -187,7 +154,7 @@ def test_the_pixel_decoder_learns_what_codes_say():
     view = data.TrainView(Shapes("train", 64, 16), 0, 16, (0.7, 1.0))
     decoder = visualize.train_pixel_decoder(tokenizer, view, 120, torch.device("cpu"))
     ids = torch.tensor([[[0, 3], [3, 0]]]).repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
-    painted = decoder(F.embedding(ids, tokenizer.quantize.embedding.weight).permute(0, 3, 1, 2))[0].mean(dim=0)
+    painted = decoder(ids)[0].mean(dim=0)
     dark, bright = painted[:8, :8].mean(), painted[:8, 8:].mean()
     assert painted.shape == (16, 16) and bright > dark + 0.2
 
@@ -211,51 +178,4 @@ def test_a_teacher_without_attention_is_left_out(teacher):
     wanted.device, wanted.tokenizer = "cpu", vqkd.TokenizerConfig(teacher=teacher)
     wanted.model = types.SimpleNamespace(patch_size=4)
     with pytest.raises(UserError, match=f"the teacher is {teacher}, which has no attention"):
-        visualize.Models(wanted, types.SimpleNamespace(images=torch.zeros(1))).teacher()
-
-
-# -- curves and the page ------------------------------------------------------------------------------------------
-
-
-def test_curves_are_the_numbers_of_the_file(tmp_path):
-    lines = [{"epoch": 0, "step": 20, "loss": 2.0, "lr": 0.1}, {"epoch": 0, "step": 40, "loss": 1.0, "lr": 0.2},
-             {"epoch": 0, "step": 40, "train": {"loss": 1.5}, "val": {"top1": 0.25}}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert read_curves(tmp_path) == {"step": {"loss": [(20, 2.0), (40, 1.0)], "lr": [(20, 0.1), (40, 0.2)]},
-                                               "epoch": {"loss": [(1, 1.5)], "val top1": [(1, 0.25)]}}
-
-
-def test_a_chart_puts_points_where_its_ticks_say():
-    """Read the picture as a person does: by its ticks, a curve's points have their values."""
-    points = [(0.0, 10.0), (50.0, 30.0), (100.0, 20.0)]
-    svg = line_chart("Loss & more", {"a<b": points, "gap": [(0, math.nan)]}, "step", "loss")
-    assert "Loss &amp; more" in svg and "a&lt;b" in svg and "gap" not in svg
-    x_ticks = {float(text): float(x) for x, text in re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">([\d.]+)<', svg)}
-    y_ticks = {float(text): float(y) - 4 for y, text in re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', svg)}
-    assert len(x_ticks) >= 3 and len(y_ticks) >= 3
-
-    def read(ticks, place):
-        (a, at_a), (b, at_b) = min(ticks.items()), max(ticks.items())
-        return a + (place - at_a) / (at_b - at_a) * (b - a)
-
-    path = re.search(r'<path d="M([^"]*)" class="curve"', svg)[1]
-    drawn = [tuple(map(float, place.split())) for place in path.split(" L")]
-    read_back = [(read(x_ticks, x), read(y_ticks, y)) for x, y in drawn]
-    assert np.allclose(read_back, points, atol=0.3)
-
-
-@pytest.mark.parametrize("low, high", [(0, 1), (0.00001, 0.0015), (2.3, 2.31), (0, 0), (-5, 1200)])
-def test_ticks_are_few_round_numbers_inside(low, high):
-    marks = ticks(low, high if high > low else low + 1)
-    assert 2 <= len(marks) <= 8 and all(low - 1e-9 <= mark <= max(high, low + 1) + 1e-9 for mark in marks)
-
-
-def test_a_scatter_has_a_mark_for_each_point_and_class():
-    labels = torch.tensor([0, 1, 1, 2])
-    chart = scatter_chart("f", torch.randn(4, 2), labels, ["a", "b", "<c>"])
-    assert chart.count('fill-opacity=".75"') == 4 + 3 and "&lt;c&gt;" in chart and "<c>" not in chart
-
-
-def test_the_page_needs_nothing_else():
-    whole = page("a & b", [("One", "<p>x</p>")])
-    assert "a &amp; b" in whole and not re.search(r'(src|href)="(?!data:|#)', whole) and "<script" not in whole
+        visualize.Models(wanted, types.SimpleNamespace(images=torch.zeros(1))).teacher
