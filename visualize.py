@@ -29,8 +29,8 @@ import finetune
 import pretrain
 import segment
 import tokenizer as vqkd
-from beitv2 import (Classifier, MaskedImageModel, ModelConfig, ModelError, VisionTransformer, load_pretrained, read_model,
-                    score, take)
+from beitv2 import (Classifier, MaskedImageModel, ModelConfig, ModelError, VisionTransformer, load_pretrained,
+                    model_state, read_model, score, take)
 from support.charts import curves_of, scatter_chart
 from support.compare import compare
 from support.datasets import open_datasets
@@ -40,7 +40,7 @@ from support.files import stage_checkpoint
 from support.launch import launch
 from support.loaders import TrainLoader, ValLoader
 from support.options import Count, Natural, load_config
-from support.page import cells, missing, page
+from support.page import cells, missing, page, table
 from support.pictures import enlarge, framed, heat_map, mask_picture, patch_with_context, pixels, token_map
 from support.processes import say, setup_distributed
 from support.teacher_codes import TeacherTokenizer
@@ -158,27 +158,25 @@ def code_colours(codebook: Tensor) -> np.ndarray:
 
 
 @dataclass
-class Prediction:
-    """What one prediction of the pre-trained model says of M masked patches of B images."""
+class Predictions:
+    """What the pre-trained model says of M masked patches of B images; dictionaries are by the prediction's name."""
 
-    hits: Tensor  # bool [B, M], whether its best guess is the truth
-    top: Tensor  # int64 [B, M, 5], its five likeliest ids
-    share: Tensor  # float32 [B, M, 5], and their probabilities
+    masked: Tensor  # int64 [B, M], their positions
+    truth: Tensor  # int64 [B, M], the ids of their codes
+    hits: dict[str, Tensor]  # bool [B, M], whether the best guess is the truth
+    top: dict[str, Tensor]  # int64 [B, M, 5], the five likeliest ids
+    share: dict[str, Tensor]  # float32 [B, M, 5], and their probabilities
 
 
 @torch.no_grad()
-def predict_masked(model: MaskedImageModel, images: Tensor, ids: Tensor,
-                   config) -> tuple[Tensor, Tensor, dict[str, Prediction]]:
-    """Mask uint8 images [B, 3, S, S], whose ids are [B, grid, grid], as in pre-training, and ask what is hidden.
-
-    Returns the masked positions and the ids there, int64 [B, M], and the model's predictions by their names.
-    """
+def predict_masked(model: MaskedImageModel, images: Tensor, ids: Tensor, config) -> Predictions:
+    """Mask uint8 images [B, 3, S, S], whose ids are [B, grid, grid], as in pre-training, and ask what is hidden."""
     masked = data.fixed_masks(len(images), model.grid, config.pretrain)
-    truth, said = take(ids.flatten(1), masked), {}
+    said = Predictions(masked, take(ids.flatten(1), masked), {}, {}, {})
     for name, logits in model(data.normalize(data.to_unit(images)), masked).items():
-        share, top = logits.softmax(dim=-1).topk(min(5, logits.shape[-1]), dim=-1)
-        said[name] = Prediction(score(logits, truth)[1], top, share)
-    return masked, truth, said
+        said.hits[name] = score(logits, said.truth)[1]
+        said.share[name], said.top[name] = logits.softmax(dim=-1).topk(min(5, logits.shape[-1]), dim=-1)
+    return said
 
 
 @torch.no_grad()
@@ -258,68 +256,73 @@ def nearest_images(features: Tensor, query: int, count: int) -> list[int]:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Act 2. The sections of the page: each returns HTML, or raises UserError with the command that would make it possible
+# Act 2. The sections of the page: each returns HTML, or raises UserError with the command that would make it possible.
+# Its docstring stands above it on the page: what to see, and where the method predicts it (sections of the paper).
 
 PREDICTIONS = {"mim": "backbone", "cls": "aggregation head"}
 NO_LABELS = "Classes are left out: these images have no labels."
 
 
 def results_section(config, seen, models) -> str:
+    """What to see: how far the pre-trained backbone is above the untrained one. k-NN and probe read frozen
+    features: the method predicts (section 2.3) that patch aggregation makes [CLS] as good a summary as the mean of
+    the patches."""
     if not (rows := results(Path(config.output_dir))):
         raise UserError(f"nothing has been measured in '{config.output_dir}' yet: `torchrun finetune.py {config.file} "
                         f"finetune.mode=knn` is the quickest figure")
-    rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>"
-                   for row in (("validation images", "untrained", "pre-trained"), *rows))
     command = html.escape(f"torchrun finetune.py {config.file}")
-    return (f"<table>{rows}</table><p>A dash: not measured. <code>{command}</code> measures fine-tuning, with "
+    return (f"{table([('validation images', 'untrained', 'pre-trained'), *rows])}<p>A dash: not measured. <code>{command}</code> measures fine-tuning, with "
             "<code>finetune.mode=linear_probe</code> or <code>finetune.mode=knn</code> the frozen features, each with "
             "<code>finetune.weights=none</code> for the untrained column.</p>")
 
 
 def way_section(config, seen, models) -> str:
+    """From left to right: the image; the code that stage 1 gives to each patch (section 2.2), one colour for each
+    code and similar colours for similar codes; the patches that stage 2 hides (section 2.3); and which hidden codes
+    each prediction of equation 3 names: blue with a dot is right, orange with a cross wrong. What to see: patches
+    of the same look share a colour, hits are more frequent than by chance, and where the first guess is wrong, the
+    likeliest codes still resemble what is hidden."""
     chosen = shown_images(config, seen)
     images, ids, colours = seen.images[chosen], models.ids[chosen], code_colours(models.vectors)
-    notes, said, grid, scale = "", {}, models.ids.shape[1], scale_of(seen)
     try:
-        masked, truth, said = predict_masked(models.pretrained, images, ids, config)
+        said, note = predict_masked(models.pretrained, images, ids, config), ""
     except (UserError, ModelError) as error:
-        notes = missing(f"Left out: masks and predictions, because {error}")
+        said, note = None, missing(f"Left out: masks and predictions, because {error}")
     rows = []
     for j, i in enumerate(chosen):
-        row = [(pixels(images[j]), seen.caption(i)), (token_map(ids[j], colours, 1), f"{len(ids[j].unique())} codes")]
+        rows.append([(pixels(images[j]), seen.caption(i)),
+                     (token_map(ids[j], colours, 1), f"{len(ids[j].unique())} codes")])
         if said:
-            row.append((mask_picture(images[j], masked[j], None, grid, scale), f"{masked.shape[1]} hidden"))
-        for name, prediction in said.items():
-            row.append((mask_picture(images[j], masked[j], prediction.hits[j], grid, scale),
-                        f"{PREDICTIONS.get(name, name)}: {int(prediction.hits[j].sum())} right"))
-        rows.append(row)
-    likeliest = ""
+            kinds = {f"{said.masked.shape[1]} hidden": None}
+            kinds |= {f"{PREDICTIONS.get(name, name)}: {int(hits[j].sum())} right": hits[j]
+                      for name, hits in said.hits.items()}
+            rows[j] += [(mask_picture(images[j], said.masked[j], hits, ids.shape[1], fine(images.shape[-1])), caption)
+                        for caption, hits in kinds.items()]
     if said:
-        some = torch.linspace(0, masked.shape[1] - 1, min(3, masked.shape[1])).long().tolist()
-        strips = "".join(belief(seen, models.ids, chosen[0], int(masked[0, m]), int(truth[0, m]), name,
-                                prediction.top[0, m].tolist(), prediction.share[0, m].tolist())
-                         for m in some for name, prediction in said.items())
-        likeliest = ("<h3>What is hidden, and the five likeliest codes of each prediction</h3>"
-                     f'<div class="columns">{strips}</div>')
-    others = "".join(f"<div>{cells(row, smallest=90)}</div>" for row in rows[1:])
-    return (f"{cells(rows[0])}{notes}{likeliest}{classified(seen, models, chosen[0])}"
-            f'<h3>Other images</h3><div class="columns">{others}</div>')
+        strips = [belief(seen, models.ids, chosen[0], said, name, m)
+                  for m in range(min(3, said.masked.shape[1])) for name in said.top]
+        note = ("<h3>What is hidden, and the five likeliest codes of each prediction</h3>"
+                f'<div class="columns">{"".join(strips)}</div>')
+    others = [f"<div>{cells(row, smallest=90)}</div>" for row in rows[1:]]
+    return (f"{cells(rows[0])}{note}{classified(seen, models, chosen[0])}"
+            f'<h3>Other images</h3><div class="columns">{"".join(others)}</div>')
 
 
-def belief(seen: Seen, ids: Tensor, i: int, position: int, truth: int, name: str, top: list[int],
-           shares: list[float]) -> str:
-    """A hidden patch of image i, and an example patch, from another image, of each code that a prediction names."""
-    grid, size = ids.shape[1], seen.images.shape[-1] // ids.shape[1]
-    scale = max(1, round(32 / size))
-    pictures = [(patch_with_context(seen.images[i], position // grid, position % grid, size, scale), f"code {truth}")]
-    for code, share in zip(top, shares):
+def belief(seen: Seen, ids: Tensor, i: int, said: Predictions, name: str, m: int) -> str:
+    """Masked patch m of image i, the first one of `said`, and of each of the five likeliest codes an example patch from
+    another image."""
+    position, truth, size = int(said.masked[0, m]), int(said.truth[0, m]), seen.images.shape[-1] // ids.shape[1]
+
+    def picture(image: int, row: int, column: int) -> np.ndarray:
+        return patch_with_context(seen.images[image], row, column, size, fine(4 * size))
+
+    pictures = [(picture(i, *divmod(position, ids.shape[1])), f"code {truth}")]
+    for code, share in zip(said.top[name][0, m].tolist(), said.share[name][0, m].tolist()):
         places = [place for place in examples_of(ids, code, 2) if place[0] != i]
-        picture = np.full((2 * size * scale,) * 2 + (3,), 128, np.uint8)  # no other image has this code
-        if places:
-            picture = patch_with_context(seen.images[places[0][0]], *places[0][1:], size, scale)
-        pictures.append((picture, f"{code}: {100 * share:.0f} %{' ✓' if code == truth else ''}"))
-    name = html.escape(PREDICTIONS.get(name, name))
-    return f"<div><p>{name}, patch {position + 1}</p>{cells(pictures, smallest=52)}</div>"
+        shown = picture(*places[0]) if places else np.full_like(pictures[0][0], 128)
+        pictures.append((shown, f"{code}: {100 * share:.0f} %{' ✓' if code == truth else ''}"))
+    heading = html.escape(f"{PREDICTIONS.get(name, name)}, patch {position + 1}")
+    return f"<div><p>{heading}</p>{cells(pictures, smallest=52)}</div>"
 
 
 @torch.no_grad()
@@ -339,9 +342,10 @@ def classified(seen: Seen, models: "Models", i: int) -> str:
 
 
 def words_section(config, seen, models) -> str:
+    """Each row shows patches of one code. What to see: they have something in common that is more than a colour.
+    VQ-KD predicts it (section 2.2), because a decoder must tell the teacher's features from the code alone."""
     ids, codebook, cfg = models.ids, models.vectors, config.visualize
     size = seen.images.shape[-1] // ids.shape[1]
-    scale = max(1, round(32 / size))
     counts = ids.flatten().bincount(minlength=len(codebook))
     parts = []
     for code in choose_codes(ids, cfg, len(codebook)):
@@ -356,8 +360,8 @@ def words_section(config, seen, models) -> str:
                                         for k in shares.argsort(descending=True)[:3].tolist() if shares[k] > 0)
         text += "; nearest codes " + ", ".join(f"{other} ({cosine:.2f})"
                                                for other, cosine in nearest_codes(codebook, code, 3))
-        pictures = [(patch_with_context(seen.images[i], y, x, size, scale), "") for i, y, x in places]
-        pictures.append((enlarge(pixels(mean_patch(seen.images, ids, code, size).byte()), scale), "mean"))
+        pictures = [(patch_with_context(seen.images[i], y, x, size, fine(4 * size)), "") for i, y, x in places]
+        pictures.append((pixels(mean_patch(seen.images, ids, code, size).byte()), "mean"))
         parts.append(f"<div><p><b>code {code}</b>{html.escape(text)}</p>"
                      f"{cells(pictures, smallest=50, alternative=f'a patch of code {code}')}</div>")
     return (f"<p>{int((counts > 0).sum())} of {len(codebook)} codes occur in {len(seen.images)} validation images; "
@@ -368,6 +372,9 @@ def words_section(config, seen, models) -> str:
 
 @torch.no_grad()
 def pixels_section(config, seen, models) -> str:
+    """A small decoder paints each image from its codes alone. What to see: what it cannot paint, the codes have
+    thrown away. The method never asks for pixels (section 2.2), so colour and fine texture may go, and parts should
+    stay."""
     steps, chosen = config.visualize.decoder_steps, shown_images(config, seen)
     if not steps:
         raise UserError("the pixel decoder is off: set visualize.decoder_steps=600")
@@ -380,7 +387,10 @@ def pixels_section(config, seen, models) -> str:
 
 
 def attention_section(config, seen, models) -> str:
-    chosen, scale = shown_images(config, seen)[:3], scale_of(seen)
+    """How much a token, [CLS] or the framed patch, attends to each patch: little is dark, much is bright, each map
+    with a scale of its own. What to see: whether [CLS] looks at the object. It has a reason to, since the
+    aggregation head learns of the rest of the image from [CLS] alone (section 2.3)."""
+    chosen, scale = shown_images(config, seen)[:3], fine(seen.images.shape[-1])
     parts = []
     kinds = {"pre-trained": lambda: (models.pretrained, data.normalize),
              "fine-tuned": lambda: (models.finetuned[0], data.normalize),
@@ -414,6 +424,9 @@ def attention_section(config, seen, models) -> str:
 
 @torch.no_grad()
 def neighbours_section(config, seen, models) -> str:
+    """An image, and the five others whose [CLS] of the pre-trained model is nearest to its own. What to see:
+    whether they are of its class, though no label was used. Patch aggregation (section 2.3) is meant to bring this
+    about."""
     tokens = [models.pretrained.features(data.normalize(data.to_unit(part))) for part in seen.images.split(64)]
     cls, parts = torch.cat(tokens)[:, 0].float(), []
     for i in shown_images(config, seen):
@@ -424,6 +437,9 @@ def neighbours_section(config, seen, models) -> str:
 
 
 def curves_section(config, seen, models) -> str:
+    """What to see: in stage 1 the cosine loss falls while perplexity rises, or the codebook has collapsed; in stage
+    2 both losses of equation 3 fall, and the k-NN figures tell whether the features become useful at the same
+    time."""
     if not (stages := curves_of([Path(config.output_dir)])):
         raise UserError(f"there are no metrics in '{config.output_dir}' yet: begin with `torchrun tokenizer.py "
                         f"{config.file}`")
@@ -436,9 +452,9 @@ def shown_images(config, seen: Seen) -> list[int]:
     return order[:config.visualize.shown].tolist()
 
 
-def scale_of(seen: Seen) -> int:
-    """By how much to enlarge an image on which something fine is painted."""
-    return max(1, round(192 / seen.images.shape[-1]))
+def fine(width: int) -> int:
+    """By how much to enlarge a picture of this width before something fine is painted on it."""
+    return max(1, round(192 / width))
 
 
 class Models:
@@ -451,8 +467,7 @@ class Models:
     @functools.cached_property
     def tokenizer(self) -> vqkd.VQKD | TeacherTokenizer:
         given = self.config.pretrain.tokenizer_weights
-        path = stage_checkpoint(self.config, "tokenizer", given, "pretrain.tokenizer_weights")
-        return vqkd.load_tokenizer(self.config, path).to(self.device)
+        return vqkd.load_tokenizer(self.config, given, "pretrain.tokenizer_weights")[0].to(self.device)
 
     @functools.cached_property
     def ids(self) -> Tensor:
@@ -474,7 +489,8 @@ class Models:
     @functools.cached_property
     def pretrained(self) -> MaskedImageModel:
         path = stage_checkpoint(self.config, "pretrain", given="", key="")
-        content, model = read_model(path, "model", self.config.model), pretrain.build_model(self.config)
+        content = read_model(path, "model", self.config.model)
+        model = pretrain.build_model(self.config, num_ids=len(model_state(content, str(path))["lm_head.weight"]))
         say(load_pretrained(model, content, source=str(path)))
         return model.eval()
 
@@ -493,39 +509,9 @@ class Models:
         return teacher
 
 
-# Title, what to see, and what shows it. [CLS] and the sections are those of the paper.
-TITLES = (
-    ("Results",
-     "What to see: how far the pre-trained backbone is above the untrained one. k-NN and probe read frozen features: the "
-     "method predicts (section 2.3) that patch aggregation makes [CLS] as good a summary as the mean of the patches.",
-     results_section),
-    ("One image through the three stages",
-     "From left to right: the image; the code that stage 1 gives to each patch (section 2.2), one colour for each code and "
-     "similar colours for similar codes; the patches that stage 2 hides (section 2.3); and which hidden codes each "
-     "prediction of equation 3 names: blue with a dot is right, orange with a cross wrong. What to see: patches "
-     "of the same look share a colour, hits are more frequent than by chance, and where the first guess is wrong, the "
-     "likeliest codes still resemble what is hidden.", way_section),
-    ("Codebook words",
-     "Each row shows patches of one code. What to see: they have something in common that is more than a colour. "
-     "VQ-KD predicts it (section 2.2), because a decoder must tell the teacher's features from the code alone.",
-     words_section),
-    ("Pixels from codes",
-     "A small decoder paints each image from its codes alone. What to see: what it cannot paint, the codes have thrown "
-     "away. The method never asks for pixels (section 2.2), so colour and fine texture may go, and parts should stay.",
-     pixels_section),
-    ("Attention",
-     "How much a token, [CLS] or the framed patch, attends to each patch: little is dark, much is bright, each map with a "
-     "scale of its own. What to see: whether [CLS] looks at the object. It has a reason to, since the aggregation "
-     "head learns of the rest of the image from [CLS] alone (section 2.3).", attention_section),
-    ("Neighbours",
-     "An image, and the five others whose [CLS] of the pre-trained model is nearest to its own. What to see: whether they "
-     "are of its class, though no label was used. Patch aggregation (section 2.3) is meant to bring this about.",
-     neighbours_section),
-    ("Curves",
-     "What to see: in stage 1 the cosine loss falls while perplexity rises, or the codebook has collapsed; in stage 2 both "
-     "losses of equation 3 fall, and the k-NN figures tell whether the features become useful at the same time.",
-     curves_section),
-)
+TITLES = (("Results", results_section), ("One image through the three stages", way_section), ("Codebook words",
+          words_section), ("Pixels from codes", pixels_section), ("Attention", attention_section), ("Neighbours",
+          neighbours_section), ("Curves", curves_section))
 
 
 def report(config) -> Path:
@@ -535,12 +521,12 @@ def report(config) -> Path:
                         f"{config.file}`")
     seen = look(config)
     models, sections = Models(config, seen), []
-    for name, intro, section in TITLES:
+    for name, section in TITLES:
         try:
             content = section(config, seen, models)
         except (UserError, ModelError) as error:
             content = missing(f"Left out: {error}")
-        sections.append((name, f"<p>{html.escape(intro)}</p>{content}"))
+        sections.append((name, f"<p>{html.escape(section.__doc__)}</p>{content}"))
     path = Path(config.output_dir) / "report.html"
     path.write_text(page(f"BEiT v2: {config.output_dir}", sections), encoding="utf-8", errors="replace")
     return path

@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune  # noqa: E402
 import pretrain  # noqa: E402
 import tokenizer  # noqa: E402
-import visualize  # noqa: E402
 from beitv2 import ModelError  # noqa: E402
 from support.compare import as_markdown, mean_and_deviation  # noqa: E402
 from support.errors import UserError  # noqa: E402

@@ -4,7 +4,6 @@ No reader of the method needs this file.
 """
 
 import dataclasses
-import html
 import json
 import statistics
 from pathlib import Path
@@ -16,7 +15,7 @@ from support.charts import curves_of
 from support.errors import UserError, explained
 from support.figures import run_figures, shown, titles_of
 from support.options import FREE_TO_CHANGE, SECTIONS, RunConfig, dotted
-from support.page import page
+from support.page import page, table
 
 # Runs that differ in these only are one experiment: they say where files lie, and how a stage is called.
 PLACES = {"tokenizer_weights", "teacher_weights", "weights", "checkpoint", "images", "output", "classes_file"}
@@ -128,11 +127,6 @@ def as_markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
-def as_html(rows: list[list[str]]) -> str:
-    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-    return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"
-
-
 def compare(folders: list[Path], sections: dict[str, type]) -> Path:
     """Print a table of several runs, and write ./compare.html: that table, and their curves, stage by stage.
 
@@ -144,7 +138,7 @@ def compare(folders: list[Path], sections: dict[str, type]) -> Path:
             raise UserError(f"there are no figures or curves in '{folder}': give the output_dir of runs")
     rows, path = summary(folders, sections), Path("compare.html").resolve()
     content = page("BEiT v2: " + ", ".join(map(str, folders)), [
-        ("Figures", as_html(rows) + "<p>Mean ± standard deviation over the seeds.</p>"), *curves_of(folders)])
+        ("Figures", table(rows) + "<p>Mean ± standard deviation over the seeds.</p>"), *curves_of(folders)])
     print(as_markdown(rows))
     with explained(f"cannot write '{path}'", "go to a folder where you may write", OSError):
         path.write_text(content, encoding="utf-8", errors="replace")

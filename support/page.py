@@ -67,6 +67,12 @@ def embed(picture: np.ndarray, alternative: str, width: int) -> str:
     return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alternative)}">'
 
 
+def table(rows: list) -> str:
+    """Rows of plain text as an HTML table."""
+    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"
+
+
 def missing(text: str) -> str:
     """A note on what is not shown, and why."""
     return f'<p class="missing">{html.escape(text)}</p>'

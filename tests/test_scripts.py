@@ -1267,7 +1267,7 @@ def visualized(home: Path, output: str, *changes: str) -> str:
 
 def test_a_page_of_a_whole_run(home):
     page = visualized(home, "base")
-    titles = [title for title, *_ in visualize.TITLES]
+    titles = [title for title, _ in visualize.TITLES]
     assert all(f"<h2>{title}</h2>" in page for title in titles) and page.count("Left out") == 0
     assert "the teacher is hog" in page, "which alone has no attention to show"
     assert page.count("<img ") > 20 and page.count("<svg viewBox") > 8

@@ -98,17 +98,18 @@ def test_hits_and_beliefs_are_those_of_the_model():
     model = MaskedImageModel(vocab_size=9, early_layers=1, head_layers=1, image_size=16, patch_size=4, embed_dim=16,
                              depth=2, num_heads=2, rel_pos_bias="shared").eval()
     images, ids = torch.randint(0, 256, (3, 3, 16, 16)).byte(), torch.randint(0, 9, (3, 4, 4))
-    masked, truth, said = visualize.predict_masked(model, images, ids, config())
-    assert masked.shape == truth.shape == (3, 5) and said.keys() == {"mim", "cls"}
-    for name, logits in model(data.normalize(images / 255), masked).items():
-        assert said[name].top.shape == said[name].share.shape == (3, 5, 5)
+    said = visualize.predict_masked(model, images, ids, config())
+    assert said.masked.shape == said.truth.shape == (3, 5)
+    assert said.hits.keys() == said.top.keys() == said.share.keys() == {"mim", "cls"}
+    for name, logits in model(data.normalize(images / 255), said.masked).items():
+        assert said.top[name].shape == said.share[name].shape == (3, 5, 5)
         for i in range(3):
             for m in range(5):
-                place = int(masked[i, m])
-                assert truth[i, m] == ids[i, place // 4, place % 4]
-                assert said[name].hits[i, m] == (logits[i, m].argmax() == truth[i, m])
-                assert said[name].top[i, m].tolist() == logits[i, m].argsort(descending=True)[:5].tolist()
-        assert torch.allclose(said[name].share, logits.softmax(dim=-1).gather(2, said[name].top), atol=1e-6)
+                place = int(said.masked[i, m])
+                assert said.truth[i, m] == ids[i, place // 4, place % 4]
+                assert said.hits[name][i, m] == (logits[i, m].argmax() == said.truth[i, m])
+                assert said.top[name][i, m].tolist() == logits[i, m].argsort(descending=True)[:5].tolist()
+        assert torch.allclose(said.share[name], logits.softmax(dim=-1).gather(2, said.top[name]), atol=1e-6)
 
 
 # -- attention ----------------------------------------------------------------------------------------------------
