@@ -356,18 +356,19 @@ def words_section(config, seen, models) -> str:
         text = f": {int(counts[code])} patches ({100 * counts[code] / counts.sum():.1f} %)"
         if seen.classes:
             shares = class_shares(ids, seen.labels, code, len(seen.classes))
-            text += "; of " + ", ".join(f"{seen.classes[k]} {100 * shares[k]:.0f} %"
-                                        for k in shares.argsort(descending=True)[:3].tolist() if shares[k] > 0)
+            text += "; in images of " + ", ".join(f"{seen.classes[k]} {100 * shares[k]:.0f} %" for k in
+                                                  shares.argsort(descending=True)[:3].tolist() if shares[k] > 0)
         text += "; nearest codes " + ", ".join(f"{other} ({cosine:.2f})"
                                                for other, cosine in nearest_codes(codebook, code, 3))
         pictures = [(patch_with_context(seen.images[i], y, x, size, fine(4 * size)), "") for i, y, x in places]
         pictures.append((pixels(mean_patch(seen.images, ids, code, size).byte()), "mean"))
         parts.append(f"<div><p><b>code {code}</b>{html.escape(text)}</p>"
                      f"{cells(pictures, smallest=50, alternative=f'a patch of code {code}')}</div>")
+    note = "" if seen.classes else missing(NO_LABELS)
     return (f"<p>{int((counts > 0).sum())} of {len(codebook)} codes occur in {len(seen.images)} validation images; "
             f"perplexity {vqkd.perplexity(counts.double()):.0f}. Framed is the patch itself; the last picture is the mean "
-            f"of all patches of the code. After their number: the three classes of images that most of them lie in.</p>"
-            f'{"" if seen.classes else missing(NO_LABELS)}<div class="columns">{"".join(parts)}</div>')
+            f"of all patches of the code.</p>{note}"
+            f'<div class="columns">{"".join(parts)}</div>')
 
 
 @torch.no_grad()

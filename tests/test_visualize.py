@@ -1,5 +1,6 @@
 """What the page says: which patch has which code, which token attends to which."""
 
+import dataclasses
 import math
 import sys
 import types
@@ -15,7 +16,7 @@ import data  # noqa: E402
 import pretrain  # noqa: E402
 import tokenizer as vqkd  # noqa: E402
 import visualize  # noqa: E402
-from beitv2 import MaskedImageModel, VisionTransformer  # noqa: E402
+from beitv2 import Classifier, MaskedImageModel, VisionTransformer  # noqa: E402
 from support.datasets import Shapes  # noqa: E402
 from support.errors import UserError  # noqa: E402
 from support.pictures import token_map  # noqa: E402
@@ -180,3 +181,63 @@ def test_a_teacher_without_attention_is_left_out(teacher):
     wanted.model = types.SimpleNamespace(patch_size=4)
     with pytest.raises(UserError, match=f"the teacher is {teacher}, which has no attention"):
         visualize.Models(wanted, types.SimpleNamespace(images=torch.zeros(1))).teacher
+
+
+# -- sections of the page -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts():
+    """(config, seen, models) of twelve images of three classes, with real ids and a real model of stage 2."""
+    torch.manual_seed(0)
+    wanted = config(num_codes=3, shown=4)
+    seen = visualize.Seen(torch.randint(0, 256, (12, 3, 16, 16)).byte(), torch.arange(12) % 3,
+                          [f"x/{i}.png" for i in range(12)], ["cat", "<dog>", "owl"])
+    model = MaskedImageModel(vocab_size=9, early_layers=1, head_layers=1, image_size=16, patch_size=4, embed_dim=16,
+                             depth=2, num_heads=2).eval()
+    models = types.SimpleNamespace(ids=torch.randint(0, 9, (12, 4, 4)), vectors=torch.randn(9, 5), pretrained=model)
+    return wanted, seen, models
+
+
+class NothingYet:
+    """Models of a run that has done stage 1 alone."""
+
+    def __init__(self, models):
+        self.ids, self.vectors = models.ids, models.vectors
+
+    def __getattr__(self, name):
+        raise UserError(f"there is no {name} <yet>")
+
+
+def test_one_image_goes_through_all_stages_and_the_others_beside_it(parts):
+    wanted, seen, models = parts
+    models.finetuned = Classifier(3, image_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2).eval(), seen.classes
+    page = visualize.way_section(*parts)
+    chosen = visualize.shown_images(wanted, seen)
+    said = visualize.predict_masked(models.pretrained, seen.images[chosen], models.ids[chosen], wanted)
+    assert page.count("<img ") == 4 * 5 + 2 * 3 * 6, "image, codes, mask and two predictions; three patches, six pictures each"
+    for name, title in (("mim", "backbone"), ("cls", "aggregation head")):
+        for j in range(4):
+            assert f"<figcaption>{title}: {int(said.hits[name][j].sum())} right</figcaption>" in page
+        for m in range(3):
+            code, share = int(said.top[name][0, m, 0]), float(said.share[name][0, m, 0])
+            mark = " ✓" if code == said.truth[0, m] else ""
+            assert f"<figcaption>{code}: {100 * share:.0f} %{mark}</figcaption>" in page
+    assert "&lt;dog&gt; " in page.partition("sees in the whole image")[2] and "<dog>" not in page
+
+
+def test_what_is_missing_leaves_the_codes(parts):
+    wanted, seen, models = parts
+    page = visualize.way_section(wanted, seen, NothingYet(models))
+    assert page.count("<img ") == 4 * 2 and "there is no pretrained &lt;yet&gt;" in page and "no finetuned" in page
+
+
+def test_images_without_labels_are_shown_without_classes(parts):
+    """A section that would name classes says once that it cannot."""
+    wanted, seen, models = parts
+    for section in (visualize.words_section, visualize.neighbours_section):
+        labelled = section(*parts)
+        assert "cat" in labelled and visualize.NO_LABELS not in labelled
+        bare = section(wanted, dataclasses.replace(seen, classes=[]), models)
+        assert bare.count(visualize.NO_LABELS) == 1 and "cat" not in bare
+        assert bare.count("<img ") == labelled.count("<img ") > 10
