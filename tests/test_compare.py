@@ -114,6 +114,7 @@ def test_a_run_that_agrees_with_one_of_a_group_must_agree_with_all(tmp_path):
         if masked:
             write(tmp_path / name, "pretrain", pretrain=dict(num_masked=masked), seed=seed)
     assert list(groups(tmp_path / "few", tmp_path / "none", tmp_path / "many").values()) == [["few", "none"], ["many"]]
+    assert list(groups(tmp_path / "none", tmp_path / "few", tmp_path / "many").values()) == [["none", "few"], ["many"]]
 
 
 def test_runs_without_a_common_stage_are_no_experiment(tmp_path):
@@ -138,6 +139,8 @@ def test_the_same_seed_twice_is_not_two_seeds(tmp_path):
         f"{tmp_path}/a (pretrain.num_masked=6)": ["a"], f"{tmp_path}/b (pretrain.num_masked=6)": ["b"],
         "pretrain.num_masked=9": ["c"]}
     assert groups(tmp_path / "a", tmp_path / "b") == {f"{tmp_path}/a": ["a"], f"{tmp_path}/b": ["b"]}
+    write(tmp_path / "d", "pretrain", pretrain=dict(num_masked=6), seed=1)
+    assert list(groups(*(tmp_path / name for name in "dab")).values()) == [["d", "a"], ["b"]], "another one than d, not than a"
 
 
 @pytest.mark.parametrize("content", [b"", b"- 1\n- 2\n", b"a: [1,\n", b"name: other\nversion: 3\n", b"data: here\n",
