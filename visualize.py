@@ -45,7 +45,7 @@ from support.pictures import enlarge, framed, heat_map, mask_picture, patch_with
 from support.processes import say, setup_distributed
 from support.teacher_codes import TeacherTokenizer
 from support.teachers import Teacher, open_teacher
-from support.use import open_trained
+from support.use import open_trained, restored
 
 
 @dataclass
@@ -304,7 +304,7 @@ def way_section(config, seen, models) -> str:
         note = ("<h3>What is hidden, and the five likeliest codes of each prediction</h3>"
                 f'<div class="columns">{"".join(strips)}</div>')
     others = [f"<div>{cells(row, smallest=90)}</div>" for row in rows[1:]]
-    return (f"{cells(rows[0])}{note}{classified(seen, models, chosen[0])}"
+    return (f"<p>{html.escape(seen.names[chosen[0]])}</p>{cells(rows[0])}{note}{classified(seen, models, chosen[0])}"
             f'<h3>Other images</h3><div class="columns">{"".join(others)}</div>')
 
 
@@ -490,8 +490,9 @@ class Models:
     @functools.cached_property
     def pretrained(self) -> MaskedImageModel:
         path = stage_checkpoint(self.config, "pretrain", given="", key="")
-        content = read_model(path, "model", self.config.model)
-        model = pretrain.build_model(self.config, num_ids=len(model_state(content, str(path))["lm_head.weight"]))
+        content, config = read_model(path, "model", self.config.model), copy.copy(self.config)
+        config.pretrain = restored(pretrain.PretrainConfig, content, "pretrain") or config.pretrain
+        model = pretrain.build_model(config, num_ids=len(model_state(content, str(path))["lm_head.weight"]))
         say(load_pretrained(model, content, source=str(path)))
         return model.eval()
 
