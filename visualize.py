@@ -206,7 +206,8 @@ class PixelDecoder(nn.Module):
         super().__init__()
         self.codes = nn.Embedding.from_pretrained(codebook.detach().float())  # frozen
         self.layers = nn.Sequential(
-            nn.Conv2d(codebook.shape[1], width, 3, padding=1), nn.GELU(), nn.Conv2d(width, width, 3, padding=1), nn.GELU(),
+            nn.Conv2d(codebook.shape[1], width, 3, padding=1), nn.GELU(),
+            nn.Conv2d(width, width, 3, padding=1), nn.GELU(),
             nn.Conv2d(width, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, 3 * patch_size**2, 1),
             nn.PixelShuffle(patch_size))
 
@@ -271,7 +272,8 @@ def results_section(config, seen, models) -> str:
         raise UserError(f"nothing has been measured in '{config.output_dir}' yet: `torchrun finetune.py {config.file} "
                         f"finetune.mode=knn` is the quickest figure")
     command = html.escape(f"torchrun finetune.py {config.file}")
-    return (f"{table([('validation images', 'untrained', 'pre-trained'), *rows])}<p>A dash: not measured. <code>{command}</code> measures fine-tuning, with "
+    return (f"{table([('validation images', 'untrained', 'pre-trained'), *rows])}<p>A dash: not measured. "
+            f"<code>{command}</code> measures fine-tuning, with "
             "<code>finetune.mode=linear_probe</code> or <code>finetune.mode=knn</code> the frozen features, each with "
             "<code>finetune.weights=none</code> for the untrained column.</p>")
 
@@ -366,8 +368,8 @@ def words_section(config, seen, models) -> str:
                      f"{cells(pictures, smallest=50, alternative=f'a patch of code {code}')}</div>")
     note = "" if seen.classes else missing(NO_LABELS)
     return (f"<p>{int((counts > 0).sum())} of {len(codebook)} codes occur in {len(seen.images)} validation images; "
-            f"perplexity {vqkd.perplexity(counts.double()):.0f}. Framed is the patch itself; the last picture is the mean "
-            f"of all patches of the code.</p>{note}"
+            f"perplexity {vqkd.perplexity(counts.double()):.0f}. Framed is the patch itself; the last picture is the "
+            f"mean of all patches of the code.</p>{note}"
             f'<div class="columns">{"".join(parts)}</div>')
 
 

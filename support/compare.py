@@ -25,9 +25,9 @@ def options_of(folder: Path, declared: dict[str, type]) -> tuple[dict[tuple[str,
     """What a run was made with: {(stage, section): {key: value}}, and the seed of each stage.
 
     A stage's config.yaml holds more sections than the stage has used. Counted are its own one, `data`, `model`, and the
-    keys outside all sections (section ""). A run that took a tokenizer from elsewhere has no such stage of its own; then
-    what stage 2 was told of the tokenizer counts. A key that a file lacks has its declared default: the run may be older
-    than the option.
+    keys outside all sections (section ""). A run that took a tokenizer from elsewhere has no such stage of its own.
+    Then what stage 2 was told of the tokenizer counts. A key that a file lacks has its declared default: the run may be
+    older than the option.
 
     declared   the dataclass of each section
     """

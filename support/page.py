@@ -58,8 +58,10 @@ def cells(pictures: list[tuple[np.ndarray, str]], smallest: int = 150, alternati
 
 
 def embed(picture: np.ndarray, alternative: str, width: int) -> str:
-    """An <img> that carries its own bytes, for a place that is `width` pixels wide or up to twice as much. A small picture
-    is enlarged with hard edges: a browser would blur them."""
+    """An <img> that carries its own bytes, for a place that is `width` pixels wide or up to twice as much.
+
+    A small picture is enlarged with hard edges: a browser would blur them.
+    """
     factor = max(1, round(2 * width / picture.shape[1]))
     buffer = io.BytesIO()
     Image.fromarray(picture.repeat(factor, axis=0).repeat(factor, axis=1)).save(buffer, "PNG", optimize=True)
