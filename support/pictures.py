@@ -83,7 +83,7 @@ def framed(picture: np.ndarray, left: int, top: int, side: int) -> np.ndarray:
 
 
 def token_map(ids: Tensor, colours: np.ndarray, cell: int) -> np.ndarray:
-    """Ids [grid, grid] as squares of `cell` pixels in the colours of their codes: uint8 [grid * cell, grid * cell, 3]."""
+    """Ids [grid, grid] as squares of `cell` pixels in the colours of their codes: uint8 [grid*cell, grid*cell, 3]."""
     return enlarge(colours[ids.numpy()], cell)
 
 
