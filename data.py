@@ -125,6 +125,13 @@ def check_num_masked(num_masked: int, grid: int):
                         f"({grid} x {grid}): lower the number of masked patches, or raise data.image_size")
 
 
+def fixed_masks(count: int, grid: int, cfg) -> torch.Tensor:
+    """Masked positions [count, M] drawn as in training (`cfg`: its section `pretrain`), but the same ones each time."""
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.stack([block_mask(grid, cfg.num_masked, cfg.min_block, generator) for _ in range(count)])
+    return masks.nonzero()[:, 1].view(count, cfg.num_masked)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Act 2: training samples.
 # ---------------------------------------------------------------------------------------------------------

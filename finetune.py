@@ -37,9 +37,9 @@ from torchvision.transforms import v2
 from beitv2 import (POOLINGS, Classifier, ModelConfig, ModelError, VisionTransformer, load_pretrained, model_state,
                     read_model)
 from data import DataConfig, TrainView, ValView, normalize, to_unit
-from support.compare import results
 from support.datasets import open_datasets, open_val_folder
 from support.errors import UserError
+from support.figures import results
 from support.files import say_if_unfinished, stage_checkpoint
 from support.frozen import Frozen, digest
 from support.launch import launch
@@ -507,8 +507,11 @@ def open_val_loader(run: Run, dataset, strict=True, indices=None) -> ValLoader:
 
 def report(config) -> None:
     """Print the table of results."""
-    for row in [("validation accuracy", "untrained", "pre-trained"), *results(config)]:
-        say(f"{row[0]:<26}{row[1]:>12}{row[2]:>14}")
+    if not (rows := results(Path(config.output_dir))):
+        raise UserError(f"nothing has been measured in '{config.output_dir}' yet: begin with `torchrun tokenizer.py "
+                        f"{config.file}`")
+    for title, untrained, trained in [("validation images", "untrained", "pre-trained"), *rows]:
+        say(f"{title:<26}{untrained:>12}{trained:>14}")
 
 
 if __name__ == "__main__":

@@ -41,11 +41,11 @@ from beitv2 import MaskedImageModel, ModelConfig, ModelError, masked_positions, 
 from data import DataConfig, TrainView, jittered, normalize
 from finetune import knn_pulse
 from support.datasets import open_datasets
+from support.epoch_picture import paint_epoch
 from support.errors import UserError
 from support.launch import launch
 from support.optimizers import clip_gradients, make_optimizer
 from support.options import Amount, Beta, Count, Natural, Share, TrainConfig, load_config
-from support.pictures import paint_epoch
 from support.run import Run
 from tokenizer import TokenizerConfig, load_tokenizer
 

@@ -4,13 +4,15 @@
     python visualize.py configs/demo.yaml 'visualize.codes=[3,17,42]'  # chosen codes, not the most used
     python visualize.py runs/a runs/b runs/c                           # a table and the curves of runs
 
-Functions come in pairs: one computes numbers (which patch has which code, which token attends to which), one draws
+Act 1 computes numbers (which patch has which code, which token attends to which), act 2 makes the page's sections of
 them. What a run lacks is left out, with a line that says which command adds it.
 """
 
 import copy
 import dataclasses
+import functools
 import html
+import itertools
 import math
 import sys
 from dataclasses import dataclass, field
@@ -25,21 +27,25 @@ from torch import Tensor, nn
 import data
 import finetune
 import pretrain
+import segment
 import tokenizer as vqkd
-from beitv2 import MaskedImageModel, ModelConfig, ModelError, VisionTransformer, load_pretrained, read_model
-from support.compare import charts, compare, in_order, read_curves, results
+from beitv2 import (Classifier, MaskedImageModel, ModelConfig, ModelError, VisionTransformer, load_pretrained,
+                    model_state, read_model, score, take)
+from support.charts import curves_of, scatter_chart
+from support.compare import compare
 from support.datasets import open_datasets
 from support.errors import UserError
+from support.figures import results
 from support.files import stage_checkpoint
 from support.launch import launch
 from support.loaders import TrainLoader, ValLoader
 from support.options import Count, Natural, load_config
-from support.pictures import (embed, enlarge, figure, fixed_masks, framed, heat_map, mask_picture, page,
-                              patch_with_context, pixels, row_of, scatter_chart, token_map)
+from support.page import cells, missing, page, table
+from support.pictures import enlarge, framed, heat_map, mask_picture, patch_with_context, pixels, token_map
 from support.processes import say, setup_distributed
 from support.teacher_codes import TeacherTokenizer
 from support.teachers import Teacher, open_teacher
-from support.use import open_trained
+from support.use import open_trained, restored
 
 
 @dataclass
@@ -47,13 +53,13 @@ class VisualizeConfig:
     """The `visualize` section."""
 
     images: Count = 1000  # validation images to look at, evenly chosen
-    shown: Count = 6  # of these, images to draw
-    codes: list[Natural] = field(default_factory=list)  # codes to show; empty: `num_codes` that are chosen
+    shown: Count = 6  # of these, images to show
+    codes: list[Natural] = field(default_factory=list)  # ids of codes to show; empty: `num_codes` that are chosen
     choose: Literal["most_used", "random"] = "most_used"
     num_codes: Count = 12
     examples: Count = 8  # patches of each
-    layer: Natural = 0  # block, from 1, whose attention to draw; 0: the last
-    query: Natural = 0  # patch, from 1 row by row, whose attention to draw; 0: the one in the middle
+    layer: Natural = 0  # block, from 1, whose attention to show; 0: the last
+    query: Natural = 0  # patch, from 1 row by row, whose attention to show; 0: the one in the middle
     decoder_steps: Natural = 600  # training steps of the pixel decoder; 0: leave it out
 
 
@@ -67,14 +73,16 @@ SECTIONS = {"data": data.DataConfig, "model": ModelConfig, "tokenizer": vqkd.Tok
 
 @dataclass
 class Seen:
-    """The validation images that the page is about, and what the tokenizer says of them."""
+    """The validation images that the page is about."""
 
     images: Tensor  # uint8 [n, 3, S, S]
-    labels: Tensor  # int64 [n]
+    labels: Tensor  # int64 [n]; without meaning where there are no classes
     names: list[str]
-    classes: list[str]
-    patch_size: int
-    ids: Tensor | None = None  # int64 [n, grid, grid], the code of each patch
+    classes: list[str]  # [] for images without labels
+
+    def caption(self, i: int) -> str:
+        """What is known of an image: its class, or else its file."""
+        return self.classes[self.labels[i]] if self.classes else Path(self.names[i]).name
 
 
 def look(config) -> Seen:
@@ -84,23 +92,23 @@ def look(config) -> Seen:
     view = data.ValView(val_set, config.data.image_size)
     batches = list(ValLoader(view, 64, workers=config.data.workers, indices=chosen))
     images, labels = (torch.cat([batch[key] for batch in batches]) for key in ("image", "label"))
-    return Seen(images, labels, [val_set.name(i) for i in chosen], list(val_set.classes), config.model.patch_size)
+    return Seen(images, labels, [val_set.name(i) for i in chosen], list(val_set.classes))
 
 
 @torch.no_grad()
-def codes_of(tokenizer: vqkd.VQKD | TeacherTokenizer, images: Tensor) -> Tensor:
-    """uint8 images [n, 3, S, S] -> the code of each patch, int64 [n, grid, grid]."""
+def token_ids(tokenizer: vqkd.VQKD | TeacherTokenizer, images: Tensor) -> Tensor:
+    """uint8 images [n, 3, S, S] -> the id of each patch's code, int64 [n, grid, grid]."""
     device = next(tokenizer.parameters()).device
     ids = [tokenizer.token_ids(data.to_unit(part.to(device))).cpu() for part in images.split(64)]
     return torch.cat(ids).view(-1, tokenizer.grid, tokenizer.grid)
 
 
-def choose_codes(ids: Tensor, cfg: VisualizeConfig, codebook_size: int) -> list[int]:
-    """The codes to show: those that are named, or the most used ones, or random ones of those in use."""
-    counts = ids.flatten().bincount(minlength=codebook_size)
+def choose_codes(ids: Tensor, cfg: VisualizeConfig, num_ids: int) -> list[int]:
+    """The ids of codes to show: those that are named, or the most used ones, or random ones of those in use."""
+    counts = ids.flatten().bincount(minlength=num_ids)
     if cfg.codes:
-        if max(cfg.codes) >= codebook_size:
-            raise UserError(f"visualize.codes names code {max(cfg.codes)}, and the codebook has {codebook_size}")
+        if max(cfg.codes) >= num_ids:
+            raise UserError(f"visualize.codes names code {max(cfg.codes)}, and the codebook has {num_ids}")
         return cfg.codes
     used = counts.nonzero().flatten()
     if cfg.choose == "random":
@@ -129,7 +137,8 @@ def class_shares(ids: Tensor, labels: Tensor, code: int, num_classes: int) -> Te
 
 
 def nearest_codes(codebook: Tensor, code: int, count: int) -> list[tuple[int, float]]:
-    """The `count` other codes with the highest cosine to this one, [(code, cosine), ...]; codes have unit length."""
+    """The `count` other codes of a codebook [K, width] with the highest cosine to this one, [(id, cosine), ...]."""
+    codebook = F.normalize(codebook, dim=1)
     cosine = codebook @ codebook[code]
     cosine[code] = -2
     values, indices = cosine.topk(min(count, len(codebook) - 1))
@@ -149,27 +158,25 @@ def code_colours(codebook: Tensor) -> np.ndarray:
 
 
 @dataclass
-class Prediction:
-    """What the pre-trained model says of masked patches. B images, M masked patches each."""
+class Predictions:
+    """What the pre-trained model says of M masked patches of B images; dictionaries are by the prediction's name."""
 
     masked: Tensor  # int64 [B, M], their positions
-    truth: Tensor  # int64 [B, M], their codes
-    hits: dict[str, Tensor]  # bool [B, M] for each head: whether its best guess is the truth
-    top: Tensor  # int64 [B, M, 5], the backbone's five best guesses
-    share: Tensor  # float32 [B, M, 5], and their probabilities
+    truth: Tensor  # int64 [B, M], the ids of their codes
+    hits: dict[str, Tensor]  # bool [B, M], whether the best guess is the truth
+    top: dict[str, Tensor]  # int64 [B, M, 5], the five likeliest ids
+    share: dict[str, Tensor]  # float32 [B, M, 5], and their probabilities
 
 
 @torch.no_grad()
-def predict_masked(model: MaskedImageModel, images: Tensor, ids: Tensor, config) -> Prediction:
-    """Mask uint8 images [B, 3, S, S] as in pre-training, and let both heads say what is hidden."""
-    masked = fixed_masks(len(images), model.grid, config.pretrain)
-    truth = ids.flatten(1).gather(1, masked)
-    logits, head_logits = model(data.normalize(data.to_unit(images)), masked)
-    hits = {"backbone": logits.argmax(dim=-1) == truth}
-    if head_logits is not None:
-        hits["aggregation head"] = head_logits.argmax(dim=-1) == truth
-    share, top = logits.softmax(dim=-1).topk(min(5, logits.shape[-1]), dim=-1)
-    return Prediction(masked, truth, hits, top, share)
+def predict_masked(model: MaskedImageModel, images: Tensor, ids: Tensor, config) -> Predictions:
+    """Mask uint8 images [B, 3, S, S], whose ids are [B, grid, grid], as in pre-training, and ask what is hidden."""
+    masked = data.fixed_masks(len(images), model.grid, config.pretrain)
+    said = Predictions(masked, take(ids.flatten(1), masked), {}, {}, {})
+    for name, logits in model(data.normalize(data.to_unit(images)), masked).items():
+        said.hits[name] = score(logits, said.truth)[1]
+        said.share[name], said.top[name] = logits.softmax(dim=-1).topk(min(5, logits.shape[-1]), dim=-1)
+    return said
 
 
 @torch.no_grad()
@@ -190,31 +197,36 @@ def attention_maps(model: VisionTransformer, images: Tensor, layer: int) -> Tens
 
 
 class PixelDecoder(nn.Module):
-    """Codes back to pixels: a few convolutions on the grid of codes. [B, D, grid, grid] -> [B, 3, S, S] in [0,1]."""
+    """Codes back to pixels: a few convolutions on the grid of codes.
 
-    def __init__(self, codebook_dim: int, patch_size: int, width: int = 192):
+    ids [B, grid, grid] -> images [B, 3, S, S] in [0,1]
+    """
+
+    def __init__(self, codebook: Tensor, patch_size: int, width: int = 192):
         super().__init__()
+        self.codes = nn.Embedding.from_pretrained(codebook.detach().float())  # frozen
         self.layers = nn.Sequential(
-            nn.Conv2d(codebook_dim, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, width, 3, padding=1), nn.GELU(),
+            nn.Conv2d(codebook.shape[1], width, 3, padding=1), nn.GELU(),
+            nn.Conv2d(width, width, 3, padding=1), nn.GELU(),
             nn.Conv2d(width, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, 3 * patch_size**2, 1),
             nn.PixelShuffle(patch_size))
 
-    def forward(self, codes: Tensor) -> Tensor:
-        return self.layers(codes).sigmoid()
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.layers(self.codes(ids).permute(0, 3, 1, 2)).sigmoid()
 
 
 @torch.enable_grad()
 def train_pixel_decoder(tokenizer: vqkd.VQKD | TeacherTokenizer, view: data.TrainView, steps: int,
                         device: torch.device, workers: int = 0) -> PixelDecoder:
     """Train a decoder on training crops, whose codes the frozen tokenizer gives, by the mean absolute error."""
-    codebook = tokenizer.quantize.embedding.weight
-    decoder = PixelDecoder(codebook.shape[1], view.size // tokenizer.grid).to(device)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=2e-3)
+    decoder = PixelDecoder(tokenizer.vectors, view.size // tokenizer.grid).to(device)
+    optimizer = torch.optim.AdamW(decoder.layers.parameters(), lr=2e-3)
     loader = TrainLoader(view, min(32, len(view)), seed=0, workers=workers)
-    for step, batch in enumerate(Rounds(loader, steps, accumulation=1).epoch(0)):
+    batches = loader.stream(0, loader.batches_per_epoch)
+    for step, batch in enumerate(itertools.islice(batches, steps)):
         images = data.to_unit(batch["image"].to(device))
         ids = tokenizer.token_ids(images).view(-1, tokenizer.grid, tokenizer.grid)
-        loss = F.l1_loss(decoder(F.embedding(ids, codebook).permute(0, 3, 1, 2)), images)
+        loss = F.l1_loss(decoder(ids), images)
         loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * (1 - step / steps)
@@ -245,73 +257,196 @@ def nearest_images(features: Tensor, query: int, count: int) -> list[int]:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Act 2. Drawing
+# Act 2. The sections of the page: each returns HTML, or raises UserError with the command that would make it possible.
+# Its docstring stands above it on the page: what to see, and where the method predicts it (sections of the paper).
 
-
-# ----------------------------------------------------------------------------------------------------------------
-# Act 3. The sections of the page: each returns HTML, or raises UserError with the command that would make it possible
-
-
-def scale_of(config, target: int) -> int:
-    """By how much to enlarge an image so that it is about `target` pixels wide."""
-    return max(1, round(target / config.data.image_size))
+PREDICTIONS = {"mim": "backbone", "cls": "aggregation head"}
+NO_LABELS = "Classes are left out: these images have no labels."
 
 
 def results_section(config, seen, models) -> str:
-    rows = "".join(f"<tr><th>{html.escape(title)}</th><td>{untrained}</td><td>{trained}</td></tr>"
-                   for title, untrained, trained in results(config))
-    return (f"<table><tr><th>validation accuracy</th><td>untrained</td><td>pre-trained</td></tr>{rows}</table>"
-            f"<p>A dash: not measured yet. <code>torchrun finetune.py {html.escape(config.file)}</code> adds the last "
-            "row, with <code>finetune.mode=linear_probe</code> or <code>finetune.mode=knn</code> the others; "
-            "<code>finetune.weights=none</code> is for the untrained column.</p>")
+    """What to see: how far the pre-trained backbone is above the untrained one. k-NN and probe read frozen
+    features: the method predicts (section 2.3) that patch aggregation makes [CLS] as good a summary as the mean of
+    the patches."""
+    if not (rows := results(Path(config.output_dir))):
+        raise UserError(f"nothing has been measured in '{config.output_dir}' yet: `torchrun finetune.py {config.file} "
+                        f"finetune.mode=knn` is the quickest figure")
+    command = html.escape(f"torchrun finetune.py {config.file}")
+    return (f"{table([('validation images', 'untrained', 'pre-trained'), *rows])}<p>A dash: not measured. "
+            f"<code>{command}</code> measures fine-tuning, with "
+            "<code>finetune.mode=linear_probe</code> or <code>finetune.mode=knn</code> the frozen features, each with "
+            "<code>finetune.weights=none</code> for the untrained column.</p>")
 
 
-def curves_section(config, seen, models) -> str:
-    stages = in_order({path.parent.name for path in Path(config.output_dir).glob("*/metrics.jsonl")})
-    drawn = [(stage, charts({"": read_curves(Path(config.output_dir) / stage)})) for stage in stages]
-    drawn = [f"<h3>{html.escape(name)}</h3>{content}" for name, content in drawn if content]
-    if not drawn:
-        raise UserError(f"there are no metrics in '{config.output_dir}' yet: begin with `torchrun tokenizer.py "
-                        f"{config.file}`")
-    return "".join(drawn)
+def way_section(config, seen, models) -> str:
+    """From left to right: the image; the code that stage 1 gives to each patch (section 2.2), one colour for each
+    code and similar colours for similar codes; the patches that stage 2 hides (section 2.3); and which hidden codes
+    each prediction of equation 3 names: blue with a dot is right, orange with a cross wrong. What to see: patches
+    of the same look share a colour, hits are more frequent than by chance, and where the first guess is wrong, the
+    likeliest codes still resemble what is hidden."""
+    chosen = shown_images(config, seen)
+    images, ids, colours = seen.images[chosen], models.ids[chosen], code_colours(models.vectors)
+    try:
+        said, note = predict_masked(models.pretrained, images, ids, config), ""
+    except (UserError, ModelError) as error:
+        said, note = None, missing(f"Left out: masks and predictions, because {error}")
+    rows = []
+    for j, i in enumerate(chosen):
+        rows.append([(pixels(images[j]), seen.caption(i)),
+                     (token_map(ids[j], colours, 1), f"{len(ids[j].unique())} codes")])
+        if said:
+            kinds = {f"{said.masked.shape[1]} hidden": None}
+            kinds |= {f"{PREDICTIONS.get(name, name)}: {int(hits[j].sum())} right": hits[j]
+                      for name, hits in said.hits.items()}
+            rows[j] += [(mask_picture(images[j], said.masked[j], hits, ids.shape[1], fine(images.shape[-1])), caption)
+                        for caption, hits in kinds.items()]
+    if said:
+        strips = [belief(seen, models.ids, chosen[0], said, name, m)
+                  for m in range(min(3, said.masked.shape[1])) for name in said.top]
+        note = ("<h3>What is hidden, and the five likeliest codes of each prediction</h3>"
+                f'<div class="columns">{"".join(strips)}</div>')
+    others = [f"<div>{cells(row, smallest=90)}</div>" for row in rows[1:]]
+    return (f"<p>{html.escape(seen.names[chosen[0]])}</p>{cells(rows[0])}{note}{classified(seen, models, chosen[0])}"
+            f'<h3>Other images</h3><div class="columns">{"".join(others)}</div>')
+
+
+def belief(seen: Seen, ids: Tensor, i: int, said: Predictions, name: str, m: int) -> str:
+    """Masked patch m of image i, the first one of `said`, and of each of the five likeliest codes an example patch from
+    another image."""
+    position, truth, size = int(said.masked[0, m]), int(said.truth[0, m]), seen.images.shape[-1] // ids.shape[1]
+
+    def picture(image: int, row: int, column: int) -> np.ndarray:
+        return patch_with_context(seen.images[image], row, column, size, fine(4 * size))
+
+    pictures = [(picture(i, *divmod(position, ids.shape[1])), f"code {truth}")]
+    for code, share in zip(said.top[name][0, m].tolist(), said.share[name][0, m].tolist()):
+        places = [place for place in examples_of(ids, code, 2) if place[0] != i]
+        shown = picture(*places[0]) if places else np.full_like(pictures[0][0], 128)
+        pictures.append((shown, f"{code}: {100 * share:.0f} %{' ✓' if code == truth else ''}"))
+    heading = html.escape(f"{PREDICTIONS.get(name, name)}, patch {position + 1}")
+    return f"<div><p>{heading}</p>{cells(pictures, smallest=52)}</div>"
+
+
+@torch.no_grad()
+def classified(seen: Seen, models: "Models", i: int) -> str:
+    """What the fine-tuned model says of image i."""
+    try:
+        model, classes = models.finetuned
+    except (UserError, ModelError) as error:
+        return missing(f"Left out: its class, because {error}")
+    if not isinstance(model, Classifier):
+        return ""
+    share, best = model(data.normalize(data.to_unit(seen.images[i:i + 1])))[0].softmax(dim=0).topk(
+        min(5, model.head.out_features))
+    said = ", ".join(f"{classes[k] if classes else f'class {k}'} {100 * p:.0f} %"
+                     for k, p in zip(best.tolist(), share.tolist()))
+    return f"<h3>What the fine-tuned model sees in the whole image</h3><p>{html.escape(said)}</p>"
 
 
 def words_section(config, seen, models) -> str:
-    tokenizer, cfg = models.tokenizer(), config.visualize
-    codebook, scale = tokenizer.quantize.embedding.weight.detach().cpu(), max(1, round(32 / seen.patch_size))
-    counts = seen.ids.flatten().bincount(minlength=len(codebook))
-    parts = [f"<p>{int((counts > 0).sum())} of {len(codebook)} codes occur in {len(seen.images)} validation images; "
-             f"perplexity {vqkd.perplexity(counts.double()):.0f}. Framed is the patch itself. After the count: from "
-             "images of which classes these patches come, the three largest shares.</p>"]
-    for code in choose_codes(seen.ids, cfg, len(codebook)):
-        places = examples_of(seen.ids, code, cfg.examples)
+    """Each row shows patches of one code. What to see: they have something in common that is more than a colour.
+    VQ-KD predicts it (section 2.2), because a decoder must tell the teacher's features from the code alone."""
+    ids, codebook, cfg = models.ids, models.vectors, config.visualize
+    size = seen.images.shape[-1] // ids.shape[1]
+    counts = ids.flatten().bincount(minlength=len(codebook))
+    parts = []
+    for code in choose_codes(ids, cfg, len(codebook)):
+        places = examples_of(ids, code, cfg.examples)
         if not places:
             parts.append(f"<p>Code {code} does not occur in these images.</p>")
             continue
-        pictures = [patch_with_context(seen.images[i], y, x, seen.patch_size, scale) for i, y, x in places]
-        mean = enlarge(pixels(mean_patch(seen.images, seen.ids, code, seen.patch_size).byte()), scale)
-        shares = class_shares(seen.ids, seen.labels, code, len(seen.classes))
-        of_classes = ", ".join(f"{html.escape(seen.classes[k])} {100 * shares[k]:.0f} %"
-                               for k in shares.argsort(descending=True)[:3].tolist() if shares[k] > 0)
-        near = ", ".join(f"{other} ({cosine:.2f})" for other, cosine in nearest_codes(codebook, code, 3))
-        share = 100 * counts[code] / counts.sum()
-        parts.append(figure(embed(row_of([*pictures, mean]), f"patches of code {code}, and their mean"),
-                            f"<b>code {code}</b>: {int(counts[code])} patches ({share:.1f} %); {of_classes}; nearest "
-                            f"codes {near}; last picture: the mean patch"))
-    return f'<div class="words">{"".join(parts)}</div>'
+        text = f": {int(counts[code])} patches ({100 * counts[code] / counts.sum():.1f} %)"
+        if seen.classes:
+            shares = class_shares(ids, seen.labels, code, len(seen.classes))
+            text += "; in images of " + ", ".join(f"{seen.classes[k]} {100 * shares[k]:.0f} %" for k in
+                                                  shares.argsort(descending=True)[:3].tolist() if shares[k] > 0)
+        text += "; nearest codes " + ", ".join(f"{other} ({cosine:.2f})"
+                                               for other, cosine in nearest_codes(codebook, code, 3))
+        pictures = [(patch_with_context(seen.images[i], y, x, size, fine(4 * size)), "") for i, y, x in places]
+        pictures.append((pixels(mean_patch(seen.images, ids, code, size).byte()), "mean"))
+        parts.append(f"<div><p><b>code {code}</b>{html.escape(text)}</p>"
+                     f"{cells(pictures, smallest=50, alternative=f'a patch of code {code}')}</div>")
+    note = "" if seen.classes else missing(NO_LABELS)
+    return (f"<p>{int((counts > 0).sum())} of {len(codebook)} codes occur in {len(seen.images)} validation images; "
+            f"perplexity {vqkd.perplexity(counts.double()):.0f}. Framed is the patch itself; the last picture is the "
+            f"mean of all patches of the code.</p>{note}"
+            f'<div class="columns">{"".join(parts)}</div>')
 
 
-def token_maps_section(config, seen, models) -> str:
-    codebook = models.tokenizer().quantize.embedding.weight.detach().cpu()
-    colours, scale = code_colours(codebook), scale_of(config, 190)
+@torch.no_grad()
+def pixels_section(config, seen, models) -> str:
+    """A small decoder paints each image from its codes alone. What to see: what it cannot paint, the codes have
+    thrown away. The method never asks for pixels (section 2.2), so colour and fine texture may go, and parts should
+    stay."""
+    steps, chosen = config.visualize.decoder_steps, shown_images(config, seen)
+    if not steps:
+        raise UserError("the pixel decoder is off: set visualize.decoder_steps=600")
+    rebuilt = (255 * models.pixel_decoder(models.ids[chosen].to(models.device))).round().byte().cpu()
+    error = (rebuilt.float() - seen.images[chosen].float()).abs().mean() / 255
+    pictures = [picture for i, painted in zip(chosen, rebuilt)
+                for picture in ((pixels(seen.images[i]), seen.caption(i)), (pixels(painted), "from its codes"))]
+    return (f"<p>The small decoder was trained for {steps} steps on the frozen tokenizer. Mean error {error:.3f} of 1."
+            f"</p>{cells(pictures)}")
+
+
+def attention_section(config, seen, models) -> str:
+    """How much a token, [CLS] or the framed patch, attends to each patch: little is dark, much is bright, each map
+    with a scale of its own. What to see: whether [CLS] looks at the object. It has a reason to, since the
+    aggregation head learns of the rest of the image from [CLS] alone (section 2.3)."""
+    chosen, scale = shown_images(config, seen)[:3], fine(seen.images.shape[-1])
     parts = []
+    kinds = {"pre-trained": lambda: (models.pretrained, data.normalize),
+             "fine-tuned": lambda: (models.finetuned[0], data.normalize),
+             "teacher": lambda: (models.teacher.backbone, models.teacher.prepare)}
+    for name, open_model in kinds.items():
+        try:
+            model, prepare = open_model()
+            layer, grid = config.visualize.layer or model.depth, model.grid
+            if layer > model.depth:
+                raise UserError(f"it has {model.depth} blocks, and visualize.layer is {layer}")
+        except (UserError, ModelError) as error:
+            parts.append(missing(f"The {name} model is left out: {error}"))
+            continue
+        query = config.visualize.query or grid * (grid // 2) + grid // 2 + 1
+        if query > grid**2:
+            raise UserError(f"visualize.query is {query}, and an image has {grid**2} patches")
+        maps = attention_maps(model, prepare(data.to_unit(seen.images[chosen])), layer)
+        first = maps.shape[-1] - grid**2  # [CLS] and registers come before the patches
+        for i, attention in zip(chosen, maps):  # [H, T, T]
+            for token, row in (("[CLS]", 0), (f"patch {query}", first + query - 1)):
+                heads = attention[:, row, first:].view(-1, grid, grid)
+                image = enlarge(pixels(seen.images[i]), scale)
+                if row:
+                    side = len(image) // grid
+                    image = framed(image, (query - 1) % grid * side, (query - 1) // grid * side, side)
+                pictures = [(image, seen.caption(i)), (heat_map(heads.mean(dim=0)), "mean")]
+                pictures += [(heat_map(head), f"head {h}") for h, head in enumerate(heads, 1)]
+                parts.append(f"<div><p>{name}, block {layer}, {token}</p>{cells(pictures, smallest=52)}</div>")
+    return f'<div class="columns">{"".join(parts)}</div>'
+
+
+@torch.no_grad()
+def neighbours_section(config, seen, models) -> str:
+    """An image, and the five others whose [CLS] of the pre-trained model is nearest to its own. What to see:
+    whether they are of its class, though no label was used. Patch aggregation (section 2.3) is meant to bring this
+    about."""
+    tokens = [models.pretrained.features(data.normalize(data.to_unit(part))) for part in seen.images.split(64)]
+    cls, parts = torch.cat(tokens)[:, 0].float(), []
     for i in shown_images(config, seen):
-        pictures = [enlarge(pixels(seen.images[i]), scale), token_map(seen.ids[i], colours, seen.patch_size * scale)]
-        used = seen.ids[i].unique()
-        parts.append(figure(embed(row_of(pictures), f"{seen.names[i]} and its codes"),
-                            f"{html.escape(seen.classes[seen.labels[i]])}: {len(used)} different codes"))
-    return ("<p>Each code has one colour everywhere; codes that are near to each other have similar ones.</p>"
-            f'<div class="row">{"".join(parts)}</div>')
+        pictures = [(pixels(seen.images[j]), seen.caption(j)) for j in (i, *nearest_images(cls, i, 5))]
+        parts.append(f"<div>{cells(pictures, smallest=52)}</div>")
+    chart = scatter_chart("[CLS] of all images", principal_components(cls), seen.labels, seen.classes)
+    return f'{"" if seen.classes else missing(NO_LABELS)}<div class="columns">{"".join(parts)}</div>{chart}'
+
+
+def curves_section(config, seen, models) -> str:
+    """What to see: in stage 1 the cosine loss falls while perplexity rises, or the codebook has collapsed; in stage
+    2 both losses of equation 3 fall, and the k-NN figures tell whether the features become useful at the same
+    time."""
+    if not (stages := curves_of([Path(config.output_dir)])):
+        raise UserError(f"there are no metrics in '{config.output_dir}' yet: begin with `torchrun tokenizer.py "
+                        f"{config.file}`")
+    return "".join(f"<h3>{html.escape(stage)}</h3>{content}" for stage, content in stages)
 
 
 def shown_images(config, seen: Seen) -> list[int]:
@@ -320,176 +455,67 @@ def shown_images(config, seen: Seen) -> list[int]:
     return order[:config.visualize.shown].tolist()
 
 
-@torch.no_grad()
-def pixels_section(config, seen, models) -> str:
-    tokenizer, steps = models.tokenizer(), config.visualize.decoder_steps
-    if not steps:
-        raise UserError("the pixel decoder is off: set visualize.decoder_steps=600")
-    decoder = models.pixel_decoder()
-    chosen, scale = shown_images(config, seen), scale_of(config, 190)
-    device = next(decoder.parameters()).device
-    codes = F.embedding(seen.ids[chosen].to(device), tokenizer.quantize.embedding.weight).permute(0, 3, 1, 2)
-    rebuilt = (255 * decoder(codes)).round().byte().cpu()
-    error = (rebuilt.float() - seen.images[chosen].float()).abs().mean() / 255
-    parts = []
-    for i, painted in zip(chosen, rebuilt):
-        pair = row_of([enlarge(pixels(image), scale) for image in (seen.images[i], painted)])
-        parts.append(figure(embed(pair, "original, rebuilt"), html.escape(seen.classes[seen.labels[i]])))
-    return (f"<p>A small decoder, trained for {steps} steps on the frozen tokenizer, paints each image (left) from its "
-            f"codes alone (right). What it cannot paint, the codes have thrown away. Mean error {error:.3f} of 1.</p>"
-            f'<div class="row">{"".join(parts)}</div>')
-
-
-def predictions_section(config, seen, models) -> str:
-    model = models.pretrained()
-    models.tokenizer()  # gives `seen` its codes
-    chosen, scale = shown_images(config, seen), scale_of(config, 150)
-    said = predict_masked(model, seen.images[chosen], seen.ids[chosen], config)
-    parts = ['<p>Which of the masked patches each head gets right: <span class="hit">blue with a dot</span> is a hit, '
-             '<span class="miss">orange with a cross</span> a miss. Below, for some of them: what is hidden, and '
-             "patches of the five codes that the backbone believes in most.</p>"]
-    for j, i in enumerate(chosen):
-        pictures = [enlarge(pixels(seen.images[i]), scale)]
-        for hits in (None, *said.hits.values()):
-            pictures.append(mask_picture(seen.images[i], said.masked[j], None if hits is None else hits[j],
-                                                  model.grid, scale))
-        rates = ", ".join(f"{head} {int(hits[j].sum())} of {hits.shape[1]}" for head, hits in said.hits.items())
-        some = torch.linspace(0, said.masked.shape[1] - 1, min(3, said.masked.shape[1])).long().tolist()
-        parts.append(figure(embed(row_of(pictures), "image, mask, hits of each head"),
-                            f"{html.escape(seen.classes[seen.labels[i]])}: {rates}"))
-        parts.append(f'<div class="row">{"".join(belief(seen, i, said, j, m) for m in some)}</div>')
-    return "".join(parts)
-
-
-def belief(seen: Seen, image: int, said: Prediction, j: int, m: int) -> str:
-    """One masked patch and an example patch of each of the five codes that the backbone believes in."""
-    grid, size = seen.ids.shape[1], seen.patch_size
-    scale = max(1, round(24 / size))
-    place = int(said.masked[j, m])
-    pictures = [patch_with_context(seen.images[image], place // grid, place % grid, size, scale)]
-    for code in said.top[j, m].tolist():
-        places = [place for place in examples_of(seen.ids, code, 2) if place[0] != image]  # not the hidden patch itself
-        pictures.append(patch_with_context(seen.images[places[0][0]], *places[0][1:], size, scale) if places
-                        else np.full((2 * size * scale,) * 2 + (3,), 128, np.uint8))
-    shares = ", ".join(f"{code}: {100 * share:.0f} %{' ✓' if code == said.truth[j, m] else ''}"
-                       for code, share in zip(said.top[j, m].tolist(), said.share[j, m].tolist()))
-    return figure(embed(row_of(pictures), "hidden patch, and patches of the codes believed in"),
-                  f"hidden: code {int(said.truth[j, m])}; believed: {shares}")
-
-
-def attention_section(config, seen, models) -> str:
-    chosen, scale = shown_images(config, seen)[:3], scale_of(config, 110)
-    size = config.data.image_size * scale
-    parts, notes = [], []
-    kinds = (("pre-trained", models.backbone), ("fine-tuned", models.finetuned), ("teacher", models.teacher))
-    for name, open_model in kinds:
-        try:
-            model, prepare = open_model()
-        except (UserError, ModelError) as error:
-            notes.append(f"<p class='missing'>The {name} model is left out: {html.escape(str(error))}</p>")
-            continue
-        layer = config.visualize.layer or model.depth
-        if layer > model.depth:
-            notes.append(f"<p class='missing'>The {name} model is left out: it has {model.depth} blocks, and "
-                         f"visualize.layer is {layer}.</p>")
-            continue
-        grid = model.grid
-        query = config.visualize.query or grid * (grid // 2) + grid // 2 + 1
-        if query > grid**2:
-            raise UserError(f"visualize.query is {query}, and an image has {grid**2} patches")
-        maps = attention_maps(model, prepare(data.to_unit(seen.images[chosen])), layer)
-        first = maps.shape[-1] - grid**2  # [CLS] and registers come before the patches
-        for token, row in (("[CLS]", 0), (f"patch {query}", first + query - 1)):
-            for i, attention in zip(chosen, maps[:, :, row, first:]):  # [H, N]
-                heads = attention.view(-1, grid, grid)
-                image = enlarge(pixels(seen.images[i]), scale)
-                if row:
-                    side = size // grid
-                    image = framed(image, (query - 1) % grid * side, (query - 1) // grid * side, side)
-                pictures = [image, heat_map(heads.mean(dim=0), size), *(heat_map(head, size) for head in heads)]
-                parts.append(figure(embed(row_of(pictures), f"attention of {token}"),
-                                    f"{name}, block {layer}, {html.escape(token)}: image, mean, {len(heads)} heads"))
-    return ("<p>How much a token ([CLS], or the framed patch) attends to each patch, from little (dark) to much "
-            "(bright): the mean over heads, then each head; each map has a scale of its own.</p>"
-            f"{''.join(parts)}{''.join(notes)}")
-
-
-@torch.no_grad()
-def features_section(config, seen, models) -> str:
-    model, prepare = models.backbone()
-    tokens = torch.cat([model.features(prepare(data.to_unit(part))) for part in seen.images.split(64)])
-    cls, scale = tokens[:, 0].float(), scale_of(config, 110)
-    points = principal_components(cls)
-    parts = [scatter_chart("[CLS] features of the pre-trained model", points, seen.labels, seen.classes),
-             "<h3>Nearest images</h3><p>An image, and the five others whose [CLS] is nearest to its own.</p>"]
-    for i in shown_images(config, seen):
-        near = nearest_images(cls, i, 5)
-        names = [html.escape(seen.classes[seen.labels[j]]) for j in (i, *near)]
-        pictures = row_of([enlarge(pixels(seen.images[j]), scale) for j in (i, *near)])
-        parts.append(figure(embed(pictures, "nearest images"), f"<b>{names[0]}</b>: {', '.join(names[1:])}"))
-    return "".join(parts)
+def fine(width: int) -> int:
+    """By how much to enlarge a picture of this width before something fine is painted on it."""
+    return max(1, round(192 / width))
 
 
 class Models:
     """The run's models, opened when a section first asks for them, and only once."""
 
     def __init__(self, config, seen: Seen):
-        self.config, self.seen, self.opened = config, seen, {}
+        self.config, self.seen = config, seen
         self.device = setup_distributed(config.device)
 
-    def once(self, name: str, make):
-        if name not in self.opened:
-            self.opened[name] = make()
-        return self.opened[name]
-
+    @functools.cached_property
     def tokenizer(self) -> vqkd.VQKD | TeacherTokenizer:
-        def make():
-            given = self.config.pretrain.tokenizer_weights
-            path = stage_checkpoint(self.config, "tokenizer", given, "pretrain.tokenizer_weights")
-            tokenizer = vqkd.load_tokenizer(self.config, path)
-            self.seen.ids = codes_of(tokenizer.to(self.device), self.seen.images)
-            return tokenizer
-        return self.once("tokenizer", make)
+        given = self.config.pretrain.tokenizer_weights
+        return vqkd.load_tokenizer(self.config, given, "pretrain.tokenizer_weights")[0].to(self.device)
 
+    @functools.cached_property
+    def ids(self) -> Tensor:
+        """The id of the code of each patch of the images, int64 [n, grid, grid]."""
+        return token_ids(self.tokenizer, self.seen.images)
+
+    @property
+    def vectors(self) -> Tensor:
+        """The codebook, float32 [K, width]."""
+        return self.tokenizer.vectors.detach().float().cpu()
+
+    @functools.cached_property
     def pixel_decoder(self) -> PixelDecoder:
-        def make():
-            train_set, _ = open_datasets(self.config.data)
-            view = data.TrainView(train_set, self.config.seed, self.config.data.image_size, (0.7, 1.0))
-            return train_pixel_decoder(self.tokenizer(), view, self.config.visualize.decoder_steps, self.device,
-                                       self.config.data.workers)
-        return self.once("pixels", make)
+        train_set, _ = open_datasets(self.config.data)
+        view = data.TrainView(train_set, self.config.seed, self.config.data.image_size, (0.7, 1.0))
+        return train_pixel_decoder(self.tokenizer, view, self.config.visualize.decoder_steps, self.device,
+                                   self.config.data.workers)
 
+    @functools.cached_property
     def pretrained(self) -> MaskedImageModel:
-        def make():
-            config = self.config
-            path = stage_checkpoint(config, "pretrain", given="", key="")
-            model = pretrain.build_model(config)
-            content = read_model(path, "model", config.model)
-            say(load_pretrained(model, content, source=str(path)))
-            return model.eval()
-        return self.once("pretrained", make)
+        path = stage_checkpoint(self.config, "pretrain", given="", key="")
+        content, config = read_model(path, "model", self.config.model), copy.copy(self.config)
+        config.pretrain = restored(pretrain.PretrainConfig, content, "pretrain") or config.pretrain
+        model = pretrain.build_model(config, num_ids=len(model_state(content, str(path))["lm_head.weight"]))
+        say(load_pretrained(model, content, source=str(path)))
+        return model.eval()
 
-    def backbone(self):
-        return self.pretrained(), data.normalize
+    @functools.cached_property
+    def finetuned(self) -> tuple[VisionTransformer, list[str] | None]:
+        """This run's own, whatever `finetune.weights` says: that is where fine-tuning starts from. And its classes."""
+        config = copy.copy(self.config)
+        config.finetune = dataclasses.replace(config.finetune, weights="", classes_file="")
+        return open_trained(config)
 
-    def finetuned(self):
-        """This run's own, whatever `finetune.weights` says: that is where fine-tuning starts from."""
-        def make():
-            config = copy.copy(self.config)
-            config.finetune = dataclasses.replace(config.finetune, weights="", classes_file="")
-            return open_trained(config)[0]
-        return self.once("finetuned", make), data.normalize
-
-    def teacher(self):
-        teacher = self.once("teacher", lambda: open_teacher(self.config))
+    @functools.cached_property
+    def teacher(self) -> Teacher:
+        teacher = open_teacher(self.config)
         if not isinstance(teacher, Teacher):
             raise UserError(f"the teacher is {self.config.tokenizer.teacher}, which has no attention")
-        return teacher.backbone, teacher.prepare
+        return teacher
 
 
-TITLES = (("Results", results_section), ("Codebook words", words_section), ("Token maps", token_maps_section),
-          ("Pixels from codes", pixels_section), ("Masked prediction", predictions_section),
-          ("Attention", attention_section), ("Features", features_section), ("Curves", curves_section))
+TITLES = (("Results", results_section), ("One image through the three stages", way_section), ("Codebook words",
+          words_section), ("Pixels from codes", pixels_section), ("Attention", attention_section), ("Neighbours",
+          neighbours_section), ("Curves", curves_section))
 
 
 def report(config) -> Path:
@@ -501,18 +527,19 @@ def report(config) -> Path:
     models, sections = Models(config, seen), []
     for name, section in TITLES:
         try:
-            sections.append((name, section(config, seen, models)))
+            content = section(config, seen, models)
         except (UserError, ModelError) as error:
-            sections.append((name, f'<p class="missing">Left out: {html.escape(str(error))}</p>'))
+            content = missing(f"Left out: {error}")
+        sections.append((name, f"<p>{html.escape(section.__doc__)}</p>{content}"))
     path = Path(config.output_dir) / "report.html"
     path.write_text(page(f"BEiT v2: {config.output_dir}", sections), encoding="utf-8", errors="replace")
     return path
 
 
 def main() -> None:
-    folders = [Path(argument) for argument in sys.argv[1:]]
-    if folders and all(folder.is_dir() for folder in folders):
-        print(compare(folders))
+    arguments = sys.argv[1:]
+    if arguments and Path(arguments[0]).is_dir():
+        print(compare([Path(argument) for argument in arguments], SECTIONS | segment.SECTIONS))
     else:
         print(report(load_config(SECTIONS)))
 

@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune  # noqa: E402
 import pretrain  # noqa: E402
 import tokenizer  # noqa: E402
-import visualize  # noqa: E402
 from beitv2 import ModelError  # noqa: E402
-from support.compare import FIGURES, as_markdown, figures_of, mean_and_deviation  # noqa: E402
+from support.compare import as_markdown, mean_and_deviation  # noqa: E402
 from support.errors import UserError  # noqa: E402
+from support.figures import figures_of, titles_of  # noqa: E402
 from support.launch import launch  # noqa: E402
 from support.processes import say  # noqa: E402
 
@@ -101,12 +101,12 @@ def run_block(rows: list, stages: list, seeds: tuple[int, ...], arguments: list[
 def print_tables() -> None:
     """Means over the seeds that have been run, and standard deviations where there are two or more."""
     for block, rows, stages, _ in BLOCKS:
-        measured = {stage_of(*stage) for stage in stages or [(tokenizer, [])]}  # a row may have more, of another block
-        wanted = [title for title, where, *_ in FIGURES if where[-1] in measured]
-        figures = {title: [figures_of(FOLDER / f"{name}-{seed}", "_scratch" if name == "none" else "")
+        # A row may have more stages, of another block. k-NN without a stage 2 is a stage of its own.
+        measured = {stage_of(*stage) for stage in stages or [(tokenizer, [])]} | {"knn"}
+        figures = {title: [figures_of(FOLDER / f"{name}-{seed}", "_scratch" if name == "none" else "", measured)
                            for seed in SEEDS] for title, name, _ in rows}
-        figures = {title: [run for run in runs if any(key in run for key in wanted)] for title, runs in figures.items()}
-        titles = [key for key in wanted if any(key in run for runs in figures.values() for run in runs)]
+        figures = {title: [run for run in runs if run] for title, runs in figures.items()}
+        titles = titles_of([run for runs in figures.values() for run in runs])
         table = [[block.lower(), "change", "seeds", *titles]]
         for title, _, changes in rows:
             cells = (mean_and_deviation(key, figures[title]) for key in titles)

@@ -1,87 +1,124 @@
-import html
+"""Several runs in one table, with a row for all seeds of an experiment, and their curves: `visualize.py RUN RUN ...`.
+
+No reader of the method needs this file.
+"""
+
+import dataclasses
+import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from support.errors import UserError
-from support.files import read_lines
-from support.options import FREE_TO_CHANGE, SECTIONS
-from support.pictures import line_chart, page
+from support.charts import curves_of
+from support.errors import UserError, explained
+from support.figures import run_figures, shown, titles_of
+from support.options import FREE_TO_CHANGE, SECTIONS, RunConfig, dotted
+from support.page import page, table
+
+# Runs that differ in these only are one experiment: they say where files lie, and how a stage is called.
+PLACES = {"tokenizer_weights", "teacher_weights", "weights", "checkpoint", "images", "output", "classes_file"}
 
 
-# title of a column, the stages that may have measured it (the first one that has), its name there, its unit
-FIGURES = (("cosine loss", ("tokenizer",), "cosine_loss", 1), ("perplexity", ("tokenizer",), "perplexity", 1),
-           ("bag of codes, k-NN %", ("tokenizer",), "bag_knn", 100),
-           ("codes of one class %", ("tokenizer",), "one_class", 100),
-           ("k-NN [CLS] %", ("knn", "pretrain"), ("cls", "knn_cls"), 100),
-           ("k-NN mean %", ("knn", "pretrain"), ("mean", "knn_mean"), 100),
-           ("probe [CLS] %", ("linear_probe",), "cls", 100), ("probe mean %", ("linear_probe",), "mean", 100),
-           ("fine-tuning %", ("finetune",), "top1", 100), ("scratch %", ("finetune_scratch",), "top1", 100))
+def options_of(folder: Path, declared: dict[str, type]) -> tuple[dict[tuple[str, str], dict[str, Any]], dict[str, int]]:
+    """What a run was made with: {(stage, section): {key: value}}, and the seed of each stage.
 
+    A stage's config.yaml holds more sections than the stage has used. Counted are its own one, `data`, `model`, and the
+    keys outside all sections (section ""). A run that took a tokenizer from elsewhere has no such stage of its own.
+    Then what stage 2 was told of the tokenizer counts. A key that a file lacks has its declared default: the run may be
+    older than the option.
 
-def figures_of(folder: Path, suffix: str = "") -> dict[str, float]:
-    """The last value of each of FIGURES that a run has measured, by title; "_scratch": with an untrained backbone."""
-    found = {}
-    for title, stages, names, unit in FIGURES:
-        for stage, name in zip(stages, [names] if isinstance(names, str) else names):
-            value = last_figure(folder / f"{stage}{suffix}", name)
-            if value is not None and title not in found:
-                found[title] = unit * value
-    return found
-
-
-def options_of(folder: Path) -> dict[str, Any]:
-    """The options of a run, {"section.key": value}, each section as the stage of that name was run with."""
-    files = {path.parent.name: yaml.safe_load(path.read_text()) for path in sorted(folder.glob("*/config.yaml"))}
-    options = {}
-    for stage in [*reversed(files), *(name for name in SECTIONS if name in files)]:  # a section's own stage last
-        for section, values in files[stage].items():
-            for key, value in values.items() if isinstance(values, dict) else ((None, values),):
-                if key not in (*FREE_TO_CHANGE, "mode", "weights"):
-                    options[f"{section}.{key}" if key else section] = value
-    return {key: value for key, value in options.items() if key not in FREE_TO_CHANGE}
-
-
-def group_runs(folders: list[Path]) -> dict[str, list[Path]]:
-    """Runs that differ in nothing but their seed, and in where the files lie that they began with, under one name.
-
-    The name tells the options in which the runs differ. Where that is not enough (two runs with the same seed), it is
-    the folder's.
+    declared   the dataclass of each section
     """
-    options = {folder: options_of(folder) for folder in folders}
-    paths = ("seed", "pretrain.tokenizer_weights", "tokenizer.teacher_weights", "data.root")
-    keys = sorted({key for values in options.values() for key in values} - set(paths))
-    keys = [key for key in keys if len({repr(values[key]) for values in options.values() if key in values}) > 1]
-    groups: dict[str, list[Path]] = {}
-    for folder, values in options.items():
-        name = ", ".join(f"{key}={values[key]}" for key in keys if key in values) or "all alike"
-        groups.setdefault(name, []).append(folder)
-    for name, members in list(groups.items()):
-        seeds = [options[folder].get("seed") for folder in members]
-        if len(set(seeds)) < len(seeds):
-            del groups[name]
-            groups |= {f"{folder}" + (f" ({name})" if keys else ""): [folder] for folder in members}
-    return groups
+    configs = {file.parent.name: read_config(file) for file in sorted(folder.glob("*/config.yaml"))}
+    options, seeds = {}, {}
+    for stage, config in configs.items():
+        own = next((section for section in SECTIONS if stage.startswith(section)), "finetune")
+        seeds[stage] = config.get("seed", RunConfig.seed)
+        for section in ("", "data", "model", own):
+            options[stage, section] = section_of(config, section, declared)
+    if "pretrain" in configs and "tokenizer" not in configs:
+        options["tokenizer", "tokenizer"] = section_of(configs["pretrain"], "tokenizer", declared)
+    return options, seeds
 
 
-def summary(folders: list[Path]) -> list[list[str]]:
-    """A table of runs, its head first: a row for each group of runs, with means and standard deviations over seeds."""
-    groups = {name: [figures_of(folder) for folder in members] for name, members in group_runs(folders).items()}
-    titles = [title for title, *_ in FIGURES if any(title in run for runs in groups.values() for run in runs)]
-    rows = [["runs that differ in", "seeds", *titles]]
-    for name, runs in groups.items():
-        rows.append([name, str(len(runs)), *(mean_and_deviation(title, runs) for title in titles)])
-    return rows
+def read_config(file: Path) -> dict[str, Any]:
+    """The options of a run's config.yaml by their dotted keys."""
+    advice = "mend it, or leave this run out"
+    with explained(f"cannot read '{file}'", advice, OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
+        raise UserError(f"'{file}' is not the configuration of a run of this project: {advice}")
+    return dotted(content, SECTIONS)
+
+
+def section_of(config: dict[str, Any], section: str, declared: dict[str, type]) -> dict[str, Any]:
+    """The options of one section that may change a result, but for the seed; what is missing has its default."""
+    defaults = json.loads(json.dumps(dataclasses.asdict(declared[section]())))  # tuples become lists
+    given = {key: value for key, value in config.items() if key.rpartition(".")[0] == section}
+    values = {f"{section}.{name}".lstrip("."): value for name, value in defaults.items()} | given
+    return {key: value for key, value in values.items()
+            if key.rpartition(".")[2] not in FREE_TO_CHANGE | PLACES | {"seed"}}
+
+
+def group_runs(folders: list[Path], sections: dict[str, type]) -> list[tuple[str, list[Path]]]:
+    """(name, runs) for each experiment: its runs differ in nothing but seeds, PLACES and what is FREE_TO_CHANGE.
+
+    One run may have gone further than another, so they are compared in the stages that both have. Without a common one,
+    nothing tells that two runs belong together. Two runs with the same seeds are no two measurements either: they get
+    rows of their own. The name tells in which options the experiments differ. Where that is not enough, the folders do.
+    """
+    about = {folder: options_of(folder, {"": RunConfig} | sections) for folder in folders}
+    groups: list[tuple[dict, list[Path]]] = []
+    for folder, (options, seeds) in about.items():
+        for known, members in groups:
+            alike = all(known[part] == options[part] for part in known.keys() & options.keys())
+            # A member without a common stage has no other seed there, so this is false for it.
+            if alike and all(any(about[member][1].get(stage, seed) != seed for stage, seed in seeds.items())
+                             for member in members):
+                known |= options
+                members.append(folder)
+                break
+        else:
+            groups.append((dict(options), [folder]))
+    names = [name_of(known, differences([options for options, _ in about.values()])) for known, _ in groups]
+    return [(name if name and names.count(name) == 1 else "all alike" if len(groups) == 1 else
+             ", ".join(map(str, members)) + (f" ({name})" if name else ""), members)
+            for name, (_, members) in zip(names, groups)]
+
+
+def differences(runs: list[dict[tuple[str, str], dict[str, Any]]]) -> set[tuple[str, str]]:
+    """(stage, section.key) of the options in which runs differ that both have the stage."""
+    return {(part[0], key) for options in runs for part, values in options.items() for key, value in values.items()
+            if any(other[part].get(key) != value for other in runs if part in other)}
+
+
+def name_of(options: dict[tuple[str, str], dict[str, Any]], differing: set[tuple[str, str]]) -> str:
+    """The differing options of a run, each with its stages in brackets if other stages of the run had another value."""
+    stages: dict[str, dict[str, list[str]]] = {}  # of each key and value
+    for (stage, _), values in options.items():
+        for key, value in values.items():
+            stages.setdefault(key, {}).setdefault(str(value), []).append(stage)
+    return ", ".join(f"{key}={value}" + (f" ({', '.join(where)})" if len(by_value) > 1 else "")
+                     for key, by_value in sorted(stages.items()) for value, where in by_value.items()
+                     if any((stage, key) in differing for stage in where))
+
+
+def summary(folders: list[Path], sections: dict[str, type]) -> list[list[str]]:
+    """A table of runs, its head first: a row for each experiment, with means and standard deviations over its seeds."""
+    groups = [(name, [run_figures(folder) for folder in members]) for name, members in group_runs(folders, sections)]
+    titles = titles_of([run for _, runs in groups for run in runs])
+    rows = [[name, str(len(runs)), *(mean_and_deviation(title, runs) for title in titles)] for name, runs in groups]
+    return [["runs that differ in", "seeds", *titles], *rows]
 
 
 def mean_and_deviation(title: str, runs: list[dict[str, float]]) -> str:
     """A cell of the table; behind it in brackets how many runs have measured it, if not all."""
-    values, digits = [run[title] for run in runs if title in run], 4 if title == "cosine loss" else 1
-    text = f"{statistics.mean(values):.{digits}f}" if values else "-"
+    values = [run[title] for run in runs if title in run]
+    text = shown(title, statistics.mean(values)) if values else "-"
     if len(values) > 1:
-        text += f" ± {statistics.stdev(values):.{digits}f}"
+        text += f" ± {shown(title, statistics.stdev(values))}"
     return text + (f" ({len(values)})" if 0 < len(values) < len(runs) else "")
 
 
@@ -90,89 +127,19 @@ def as_markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
-def as_html(rows: list[list[str]]) -> str:
-    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-    return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"
+def compare(folders: list[Path], sections: dict[str, type]) -> Path:
+    """Print a table of several runs, and write ./compare.html: that table, and their curves, stage by stage.
 
-
-def compare(folders: list[Path]) -> Path:
-    """Print a table of several runs, and write FIRST/compare.html: that table, and their curves, stage by stage."""
-    rows = summary(folders)
-    sections = [("Figures", as_html(rows) + "<p>Mean ± standard deviation over the seeds.</p>")]
-    for stage in in_order({path.parent.name for folder in folders for path in folder.glob("*/metrics.jsonl")}):
-        having = [folder for folder in folders if (folder / stage / "metrics.jsonl").is_file()]
-        runs = {str(folder): read_curves(folder / stage) for folder in having}
-        if content := charts(runs):
-            sections.append((stage, content))
-    if len(rows[0]) == 2 and len(sections) == 1:
-        names = ", ".join(map(str, folders))
-        raise UserError(f"there are no figures or curves in {names}: give the output_dir of runs")
+    sections   the dataclass of each section of a config file
+    """
+    folders = list(dict.fromkeys(folders))
+    for folder in folders:
+        if not any(folder.glob("*/metrics.jsonl")):
+            raise UserError(f"there are no figures or curves in '{folder}': give the output_dir of runs")
+    rows, path = summary(folders, sections), Path("compare.html").resolve()
+    content = page("BEiT v2: " + ", ".join(map(str, folders)), [
+        ("Figures", table(rows) + "<p>Mean ± standard deviation over the seeds.</p>"), *curves_of(folders)])
     print(as_markdown(rows))
-    path = folders[0] / "compare.html"
-    path.write_text(page("BEiT v2: " + ", ".join(map(str, folders)), sections), encoding="utf-8", errors="replace")
+    with explained(f"cannot write '{path}'", "go to a folder where you may write", OSError):
+        path.write_text(content, encoding="utf-8", errors="replace")
     return path
-
-
-def read_curves(folder: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """metrics.jsonl of a stage as curves {"step": {name: [(step, value)]}, "epoch": {name: [(epoch, value)]}}."""
-    curves = {"step": {}, "epoch": {}}
-    for line in read_lines(folder / "metrics.jsonl"):
-        if "val" in line:
-            values = line.get("train", {}) | {f"val {name}": value for name, value in line["val"].items()}
-            x, kind = line["epoch"] + 1, "epoch"
-        else:
-            values, x, kind = {key: line[key] for key in line if key not in ("epoch", "step")}, line["step"], "step"
-        for name, value in values.items():
-            curves[kind].setdefault(name, []).append((x, value))
-    return curves
-
-
-def in_order(stages: set[str]) -> list[str]:
-    """Stages as they follow each other, then the others by name."""
-    order = ("tokenizer", "pretrain", "finetune", "finetune_scratch")
-    return sorted(stages, key=lambda stage: (order.index(stage) if stage in order else len(order), stage))
-
-
-# title, unit of y, against what, and the names that belong into one chart
-CHARTS = (("Loss", "loss", "step", ("loss", "cosine_loss", "mim_loss", "cls_loss")),
-          ("Loss of epochs", "loss", "epoch", ("loss", "cosine_loss", "val loss", "val cosine_loss")),
-          ("Accuracy", "share of 1", "step", ("accuracy", "mim_accuracy", "cls_accuracy")),
-          ("Accuracy of epochs", "share of 1", "epoch", (
-              "accuracy", "mim_accuracy", "cls_accuracy", "val top1", "val top5", "val knn_cls", "val knn_mean",
-              "val cls", "val mean", "val miou", "val pixel_accuracy")),
-          ("Codes in use", "perplexity (codes)", "epoch", ("perplexity", "val perplexity", "batch_perplexity")),
-          ("Codebook usage", "share of 1", "epoch", ("usage", "val usage")),
-          ("Learning rate", "highest of all groups", "step", ("lr",)))
-
-
-def charts(runs: dict[str, dict]) -> str:
-    """The charts of one stage, "" if it took no steps; with several runs, {name: curves}, each curve bears its run's
-    name too."""
-    if not any(curves["step"] for curves in runs.values()):
-        return ""
-    drawn = []
-    for title, unit, kind, names in CHARTS:
-        series = {" ".join(filter(None, (run, name))): points for run, curves in runs.items()
-                  for name, points in curves[kind].items() if name in names}
-        drawn.append(line_chart(title, series, kind, unit))
-    return f'<div class="charts">{"".join(drawn)}</div>'
-
-
-def last_figure(folder: Path, name: str) -> float | None:
-    """The last validation figure of that name in a stage's metrics.jsonl, if there is one."""
-    path = folder / "metrics.jsonl"
-    lines = read_lines(path) if path.is_file() else []
-    values = [line["val"][name] for line in lines if name in line.get("val", {})]
-    return values[-1] if values else None
-
-
-def results(config) -> list[tuple[str, str, str]]:
-    """What has been measured in OUTPUT_DIR: (title, with an untrained backbone, with the pre-trained one)."""
-    def figure(folder: str, name: str) -> str:
-        value = last_figure(Path(config.output_dir) / folder, name)
-        return "-" if value is None else f"{100 * value:.1f} %"
-
-    rows = [("k-NN, [CLS]", "knn", "cls"), ("k-NN, mean patch", "knn", "mean"),
-            ("linear probe, [CLS]", "linear_probe", "cls"), ("linear probe, mean patch", "linear_probe", "mean"),
-            ("fine-tuning", "finetune", "top1")]
-    return [(title, figure(f"{folder}_scratch", name), figure(folder, name)) for title, folder, name in rows]

@@ -32,9 +32,9 @@ import tokenizer  # noqa: E402
 import visualize  # noqa: E402
 from beitv2 import ModelError  # noqa: E402
 from support import processes  # noqa: E402
-from support.compare import group_runs, last_figure  # noqa: E402
 from support.datasets import SHAPES, Shapes, open_classes, open_files  # noqa: E402
 from support.errors import Interrupted, UserError  # noqa: E402
+from support.figures import last_values  # noqa: E402
 from support.files import say_if_unfinished  # noqa: E402
 from support.launch import STOP_SIGNALS, Stop, fail, launch  # noqa: E402
 from support.optimizers import cosine_schedule  # noqa: E402
@@ -1322,42 +1322,19 @@ def test_the_fine_tuned_model_is_that_of_the_run(home):
     """Not what finetune.weights names: with it, fine-tuning begins."""
     config = load_tiny(home)
     config.finetune, config.output_dir = finetune.FinetuneConfig(weights=f"{home}/base/pretrain/last.pt"), str(home / "base")
-    model, _ = visualize.Models(config, None).finetuned()
+    model, _ = visualize.Models(config, None).finetuned
     best = torch.load(home / "base/finetune/best.pt", weights_only=True)["model"]
     assert torch.equal(model.head.weight, best["head.weight"])
 
 
-def test_curves_of_several_runs(home):
+def test_curves_of_several_runs(home, tmp_path, monkeypatch):
     shutil.copytree(home / "base/pretrain", home / "again/pretrain")
     sys.argv = ["visualize.py", str(home / "base"), str(home / "again")]
+    monkeypatch.chdir(tmp_path)
     visualize.main()
-    page = (home / "base/compare.html").read_text()
+    page = (tmp_path / "compare.html").read_text()
     for run in ("base", "again"):
         assert f"{home}/{run} loss" in page
-
-
-def test_a_table_of_runs_has_a_row_for_all_seeds_of_an_experiment(tmp_path, capsys):
-    """Runs that differ in the seed, or in where their files lie, are one row; the others are named by what differs."""
-    for name, seed, masked, top1, probe in (("a0", 0, 6, 0.5, 0.75), ("a1", 1, 6, 0.6, None), ("b0", 0, 9, 0.4, None)):
-        config = dict(seed=seed, output_dir=name, device="cpu", data=dict(workers=seed, image_size=16),
-                      pretrain=dict(num_masked=masked, tokenizer_weights=f"{name}/last.pt"))
-        lines = {"finetune": [dict(top1=0.1), dict(top1=top1)], "pretrain": [dict(knn_cls=0.3)],
-                 "linear_probe": [dict(cls=probe)] if probe else []}
-        for stage, figures in lines.items():
-            (tmp_path / name / stage).mkdir(parents=True)
-            (tmp_path / name / stage / "config.yaml").write_text(yaml.safe_dump(config | {"finetune": {"mode": stage}}))
-            (tmp_path / name / stage / "metrics.jsonl").write_text(
-                "".join(json.dumps(dict(epoch=0, step=1, val=values)) + "\n" for values in figures))
-    sys.argv = ["visualize.py", *(str(tmp_path / name) for name in ("a0", "a1", "b0"))]
-    visualize.main()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[:4]]
-    assert rows[0] == ["runs that differ in", "seeds", "k-NN [CLS] %", "probe [CLS] %", "fine-tuning %"]
-    assert rows[2] == ["pretrain.num_masked=6", "2", "30.0 ± 0.0", "75.0 (1)", "55.0 ± 7.1"]
-    assert rows[3] == ["pretrain.num_masked=9", "1", "30.0", "-", "40.0"]
-    assert "<td>55.0 ± 7.1</td>" in (tmp_path / "a0/compare.html").read_text()
-
-    shutil.copytree(tmp_path / "b0", tmp_path / "b1")  # the same seed twice: nothing but the folder tells them apart
-    assert set(group_runs([tmp_path / "b0", tmp_path / "b1"])) == {f"{tmp_path}/b0", f"{tmp_path}/b1"}
 
 
 def test_a_comparison_of_nothing(tmp_path):
@@ -1429,8 +1406,8 @@ def test_the_ablations_run_each_row_once_and_print_its_figures(home, monkeypatch
     monkeypatch.setattr(sys, "argv", ["ablations.py", "seeds=1,x"])
     with pytest.raises(UserError, match="seeds=x: the seeds are 0, 1, 2"):
         ablations.main()
-    found = [last_figure(home / f"ablations/default-{seed}/pretrain", "knn_cls") for seed in (0, 1)]
+    found = [last_values(home / f"ablations/default-{seed}/pretrain")["knn_cls"] for seed in (0, 1)]
     row = next(line for line in tables[0].splitlines() if "default" in line)
     assert f"| 2 | {100 * sum(found) / 2:.1f} ± " in row
-    scratch = last_figure(home / "ablations/none-0/linear_probe_scratch", "cls")
-    assert scratch is not None and "nothing" in tables[0] and "cosine loss" in tables[1] and "K = 64" in tables[1]
+    scratch = last_values(home / "ablations/none-0/linear_probe_scratch")
+    assert "cls" in scratch and "nothing" in tables[0] and "cosine loss" in tables[1] and "K = 64" in tables[1]

@@ -1,14 +1,11 @@
-"""What the pictures say: which patch has which code, which token attends to which, where a curve's points lie."""
+"""What the page says: which patch has which code, which token attends to which."""
 
-import html
-import json
+import dataclasses
 import math
-import re
 import sys
 import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,11 +16,10 @@ import data  # noqa: E402
 import pretrain  # noqa: E402
 import tokenizer as vqkd  # noqa: E402
 import visualize  # noqa: E402
-from beitv2 import MaskedImageModel, VisionTransformer  # noqa: E402
-from support.compare import read_curves  # noqa: E402
+from beitv2 import Classifier, MaskedImageModel, VisionTransformer  # noqa: E402
 from support.datasets import Shapes  # noqa: E402
 from support.errors import UserError  # noqa: E402
-from support.pictures import HIT, heat_map, line_chart, mask_picture, page, patch_with_context, scatter_chart, ticks, token_map  # noqa: E402
+from support.pictures import token_map  # noqa: E402
 
 
 def config(**options):
@@ -67,7 +63,8 @@ def test_shares_of_classes():
 
 def test_nearest_codes_are_those_of_the_highest_cosine():
     codebook = F.normalize(torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [-1, 0]]), dim=1)
-    (first, cosine), (second, zero) = visualize.nearest_codes(codebook, 0, 2)
+    lengths = torch.tensor([[2.0], [0.5], [3], [1]])  # a teacher's mean features have any
+    (first, cosine), (second, zero) = visualize.nearest_codes(lengths * codebook, 0, 2)
     assert (first, second) == (1, 2) and cosine == pytest.approx(0.9 / math.hypot(0.9, 0.1)) and zero == pytest.approx(0)
 
 
@@ -80,22 +77,18 @@ def test_colours_belong_to_codes_for_good():
     assert picture.shape == (6, 6, 3) and (picture[:3, 3:] == colours[2]).all() and (picture[3:, 3:] == colours[3]).all()
 
 
-def test_a_patch_with_its_surroundings():
-    """Row 1, column 2 of 4-pixel patches: two pixels more on each side, and a frame around the patch."""
-    image = torch.arange(256, dtype=torch.int64).view(1, 16, 16).expand(3, -1, -1).byte()
-    picture = patch_with_context(image, 1, 2, 4, 4)
-    assert picture.shape == (32, 32, 3)
-    assert picture[0, 0, 0] == image[0, 2, 6] and picture[-1, -1, 0] == image[0, 9, 13]
-    assert picture[16, 16, 0] == image[0, 6, 10]
-    corner = patch_with_context(image, 0, 0, 4, 1)  # outside the image its edge goes on
-    assert corner[0, 0, 0] == image[0, 0, 0]
-
-
 def test_the_mean_patch_of_a_code():
     images = torch.randint(0, 256, (3, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
     ids = torch.tensor([[[0, 1], [0, 0]], [[1, 0], [0, 0]], [[0, 0], [0, 0]]])
     expected = (images[0, :, :4, 4:].float() + images[1, :, :4, :4].float()) / 2
     assert torch.equal(visualize.mean_patch(images, ids, 1, 4), expected)
+
+
+def test_an_image_without_labels_is_called_by_its_file():
+    seen = visualize.Seen(torch.zeros(2, 3, 8, 8), torch.tensor([1, 0]), ["a/x.jpg", "a/y.jpg"], ["cat", "dog"])
+    assert [seen.caption(i) for i in (0, 1)] == ["dog", "cat"]
+    seen.classes = []
+    assert [seen.caption(i) for i in (0, 1)] == ["x.jpg", "y.jpg"]
 
 
 # -- predictions --------------------------------------------------------------------------------------------------
@@ -107,32 +100,17 @@ def test_hits_and_beliefs_are_those_of_the_model():
                              depth=2, num_heads=2, rel_pos_bias="shared").eval()
     images, ids = torch.randint(0, 256, (3, 3, 16, 16)).byte(), torch.randint(0, 9, (3, 4, 4))
     said = visualize.predict_masked(model, images, ids, config())
-    assert said.masked.shape == (3, 5) and said.top.shape == said.share.shape == (3, 5, 5)
-    logits, head_logits = model(data.normalize(images / 255), said.masked)
-    for i in range(3):
-        for m in range(5):
-            place = int(said.masked[i, m])
-            assert said.truth[i, m] == ids[i, place // 4, place % 4]
-            assert said.hits["backbone"][i, m] == (logits[i, m].argmax() == said.truth[i, m])
-            assert said.hits["aggregation head"][i, m] == (head_logits[i, m].argmax() == said.truth[i, m])
-            assert said.top[i, m].tolist() == logits[i, m].argsort(descending=True)[:5].tolist()
-    assert torch.allclose(said.share, logits.softmax(dim=-1).gather(2, said.top), atol=1e-6)
-
-
-def test_masks_and_hits_are_painted_where_they_are():
-    image = torch.full((3, 16, 16), 77, dtype=torch.uint8)
-    masked, hits = torch.tensor([1, 6, 15]), torch.tensor([True, False, True])
-    grey = mask_picture(image, masked, None, 4, 2)
-    painted = mask_picture(image, masked, hits, 4, 2)
-    for place in range(16):
-        top, left = place // 4 * 8, place % 4 * 8
-        cells = [picture[top:top + 8, left:left + 8] for picture in (grey, painted)]
-        if place not in masked:
-            assert (cells[0] == 77).all() and (cells[1] == 77).all()
-        else:
-            assert (cells[0] == 128).all()
-            colour = HIT if hits[masked.tolist().index(place)] else pretrain.MISS
-            assert tuple(cells[1][1, 4]) == colour
+    assert said.masked.shape == said.truth.shape == (3, 5)
+    assert said.hits.keys() == said.top.keys() == said.share.keys() == {"mim", "cls"}
+    for name, logits in model(data.normalize(images / 255), said.masked).items():
+        assert said.top[name].shape == said.share[name].shape == (3, 5, 5)
+        for i in range(3):
+            for m in range(5):
+                place = int(said.masked[i, m])
+                assert said.truth[i, m] == ids[i, place // 4, place % 4]
+                assert said.hits[name][i, m] == (logits[i, m].argmax() == said.truth[i, m])
+                assert said.top[name][i, m].tolist() == logits[i, m].argsort(descending=True)[:5].tolist()
+        assert torch.allclose(said.share[name], logits.softmax(dim=-1).gather(2, said.top[name]), atol=1e-6)
 
 
 # -- attention ----------------------------------------------------------------------------------------------------
@@ -158,14 +136,6 @@ def test_attention_is_that_of_the_block(options):
     assert torch.allclose(attention.proj((maps @ values).transpose(1, 2).flatten(2)), output, atol=1e-4)
 
 
-def test_a_heat_map_is_brightest_where_the_value_is_largest():
-    values = torch.tensor([[0.1, 0.2], [0.9, 0.3]])
-    picture = heat_map(values, 8).astype(int)
-    assert picture.shape == (8, 8, 3)
-    brightness = picture.sum(axis=-1)[2::4, 2::4]
-    assert (brightness.argsort(axis=None) == values.numpy().argsort(axis=None)).all()
-
-
 # -- pixels, features ---------------------------------------------------------------------------------------------
 
 
@@ -176,8 +146,7 @@ def test_the_pixel_decoder_learns_what_codes_say():
 
         def __init__(self):
             super().__init__()
-            self.quantize = types.SimpleNamespace(embedding=torch.nn.Embedding(4, 6))
-            self.quantize.embedding.weight.requires_grad_(False)
+            self.vectors = torch.randn(4, 6)
 
         def token_ids(self, images):
             return (F.avg_pool2d(images.mean(dim=1), 4) * 3.999).long().flatten(1)
@@ -187,7 +156,7 @@ def test_the_pixel_decoder_learns_what_codes_say():
     view = data.TrainView(Shapes("train", 64, 16), 0, 16, (0.7, 1.0))
     decoder = visualize.train_pixel_decoder(tokenizer, view, 120, torch.device("cpu"))
     ids = torch.tensor([[[0, 3], [3, 0]]]).repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
-    painted = decoder(F.embedding(ids, tokenizer.quantize.embedding.weight).permute(0, 3, 1, 2))[0].mean(dim=0)
+    painted = decoder(ids)[0].mean(dim=0)
     dark, bright = painted[:8, :8].mean(), painted[:8, 8:].mean()
     assert painted.shape == (16, 16) and bright > dark + 0.2
 
@@ -211,51 +180,64 @@ def test_a_teacher_without_attention_is_left_out(teacher):
     wanted.device, wanted.tokenizer = "cpu", vqkd.TokenizerConfig(teacher=teacher)
     wanted.model = types.SimpleNamespace(patch_size=4)
     with pytest.raises(UserError, match=f"the teacher is {teacher}, which has no attention"):
-        visualize.Models(wanted, types.SimpleNamespace(images=torch.zeros(1))).teacher()
+        visualize.Models(wanted, types.SimpleNamespace(images=torch.zeros(1))).teacher
 
 
-# -- curves and the page ------------------------------------------------------------------------------------------
+# -- sections of the page -----------------------------------------------------------------------------------------
 
 
-def test_curves_are_the_numbers_of_the_file(tmp_path):
-    lines = [{"epoch": 0, "step": 20, "loss": 2.0, "lr": 0.1}, {"epoch": 0, "step": 40, "loss": 1.0, "lr": 0.2},
-             {"epoch": 0, "step": 40, "train": {"loss": 1.5}, "val": {"top1": 0.25}}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert read_curves(tmp_path) == {"step": {"loss": [(20, 2.0), (40, 1.0)], "lr": [(20, 0.1), (40, 0.2)]},
-                                               "epoch": {"loss": [(1, 1.5)], "val top1": [(1, 0.25)]}}
+@pytest.fixture
+def parts():
+    """(config, seen, models) of twelve images of three classes, with real ids and a real model of stage 2."""
+    torch.manual_seed(0)
+    wanted = config(num_codes=3, shown=4)
+    seen = visualize.Seen(torch.randint(0, 256, (12, 3, 16, 16)).byte(), torch.arange(12) % 3,
+                          [f"x/{i}.png" for i in range(12)], ["cat", "<dog>", "owl"])
+    model = MaskedImageModel(vocab_size=9, early_layers=1, head_layers=1, image_size=16, patch_size=4, embed_dim=16,
+                             depth=2, num_heads=2).eval()
+    models = types.SimpleNamespace(ids=torch.randint(0, 9, (12, 4, 4)), vectors=torch.randn(9, 5), pretrained=model)
+    return wanted, seen, models
 
 
-def test_a_chart_puts_points_where_its_ticks_say():
-    """Read the picture as a person does: by its ticks, a curve's points have their values."""
-    points = [(0.0, 10.0), (50.0, 30.0), (100.0, 20.0)]
-    svg = line_chart("Loss & more", {"a<b": points, "gap": [(0, math.nan)]}, "step", "loss")
-    assert "Loss &amp; more" in svg and "a&lt;b" in svg and "gap" not in svg
-    x_ticks = {float(text): float(x) for x, text in re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">([\d.]+)<', svg)}
-    y_ticks = {float(text): float(y) - 4 for y, text in re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', svg)}
-    assert len(x_ticks) >= 3 and len(y_ticks) >= 3
+class NothingYet:
+    """Models of a run that has done stage 1 alone."""
 
-    def read(ticks, place):
-        (a, at_a), (b, at_b) = min(ticks.items()), max(ticks.items())
-        return a + (place - at_a) / (at_b - at_a) * (b - a)
+    def __init__(self, models):
+        self.ids, self.vectors = models.ids, models.vectors
 
-    path = re.search(r'<path d="M([^"]*)" class="curve"', svg)[1]
-    drawn = [tuple(map(float, place.split())) for place in path.split(" L")]
-    read_back = [(read(x_ticks, x), read(y_ticks, y)) for x, y in drawn]
-    assert np.allclose(read_back, points, atol=0.3)
+    def __getattr__(self, name):
+        raise UserError(f"there is no {name} <yet>")
 
 
-@pytest.mark.parametrize("low, high", [(0, 1), (0.00001, 0.0015), (2.3, 2.31), (0, 0), (-5, 1200)])
-def test_ticks_are_few_round_numbers_inside(low, high):
-    marks = ticks(low, high if high > low else low + 1)
-    assert 2 <= len(marks) <= 8 and all(low - 1e-9 <= mark <= max(high, low + 1) + 1e-9 for mark in marks)
+def test_one_image_goes_through_all_stages_and_the_others_beside_it(parts):
+    wanted, seen, models = parts
+    models.finetuned = Classifier(3, image_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2).eval(), seen.classes
+    page = visualize.way_section(*parts)
+    chosen = visualize.shown_images(wanted, seen)
+    said = visualize.predict_masked(models.pretrained, seen.images[chosen], models.ids[chosen], wanted)
+    assert page.count("<img ") == 4 * 5 + 2 * 3 * 6, "image, codes, mask and two predictions; three patches, six pictures each"
+    for name, title in (("mim", "backbone"), ("cls", "aggregation head")):
+        for j in range(4):
+            assert f"<figcaption>{title}: {int(said.hits[name][j].sum())} right</figcaption>" in page
+        for m in range(3):
+            code, share = int(said.top[name][0, m, 0]), float(said.share[name][0, m, 0])
+            mark = " ✓" if code == said.truth[0, m] else ""
+            assert f"<figcaption>{code}: {100 * share:.0f} %{mark}</figcaption>" in page
+    assert "&lt;dog&gt; " in page.partition("sees in the whole image")[2] and "<dog>" not in page
 
 
-def test_a_scatter_has_a_mark_for_each_point_and_class():
-    labels = torch.tensor([0, 1, 1, 2])
-    chart = scatter_chart("f", torch.randn(4, 2), labels, ["a", "b", "<c>"])
-    assert chart.count('fill-opacity=".75"') == 4 + 3 and "&lt;c&gt;" in chart and "<c>" not in chart
+def test_what_is_missing_leaves_the_codes(parts):
+    wanted, seen, models = parts
+    page = visualize.way_section(wanted, seen, NothingYet(models))
+    assert page.count("<img ") == 4 * 2 and "there is no pretrained &lt;yet&gt;" in page and "no finetuned" in page
 
 
-def test_the_page_needs_nothing_else():
-    whole = page("a & b", [("One", "<p>x</p>")])
-    assert "a &amp; b" in whole and not re.search(r'(src|href)="(?!data:|#)', whole) and "<script" not in whole
+def test_images_without_labels_are_shown_without_classes(parts):
+    """A section that would name classes says once that it cannot."""
+    wanted, seen, models = parts
+    for section in (visualize.words_section, visualize.neighbours_section):
+        labelled = section(*parts)
+        assert "cat" in labelled and visualize.NO_LABELS not in labelled
+        bare = section(wanted, dataclasses.replace(seen, classes=[]), models)
+        assert bare.count(visualize.NO_LABELS) == 1 and "cat" not in bare
+        assert bare.count("<img ") == labelled.count("<img ") > 10
