@@ -41,6 +41,14 @@ from torch.utils.checkpoint import checkpoint
 # name: width D, blocks, heads
 SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 
+# What is special about some parameters, told by how their names begin. A new part of the model may belong in here.
+ROLES = {
+    "drawn": ("cls_token", "mask_token", "pos_embed", "register_tokens"),  # vectors whose first values are random
+    "undecayed": ("cls_token", "pos_embed"),  # by weight decay, beside all biases and other single vectors
+    "layer 0": ("cls_token", "mask_token", "pos_embed", "patch_embed."),  # below the first block, for layer decay
+    "pre-training": ("mask_token", "lm_head.", "cls_pt_layers.", "cls_pt_norm.", "cls_pt_lm_head."),  # for it alone
+}
+
 
 class ModelError(ValueError):
     """A model that cannot be built or a checkpoint that does not fit; the message says why in one sentence."""
@@ -305,7 +313,7 @@ class VisionTransformer(nn.Module):
 
     # For load_pretrained: the first names what this model leaves in a checkpoint because it has no use for it. The
     # second names its own parts that may stay untrained if the checkpoint lacks them.
-    droppable = ("mask_token", "lm_head.", "cls_pt_layers.", "cls_pt_norm.", "cls_pt_lm_head.", "head.")
+    droppable = (*ROLES["pre-training"], "head.")
     may_be_fresh = ()
 
     def __init__(self, image_size: int = 224, patch_size: int = 16, embed_dim: int = 768, depth: int = 12,
@@ -463,7 +471,7 @@ def init_weights(model: nn.Module, truncate_at: float, convolutions: bool = Fals
             truncated_normal_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    for name in ("cls_token", "mask_token", "pos_embed", "register_tokens"):
+    for name in ROLES["drawn"]:
         if getattr(model, name, None) is not None:
             truncated_normal_(getattr(model, name))
     for layer, block in enumerate(getattr(model, "blocks", ()), start=1):
@@ -527,6 +535,7 @@ class MaskedImageModel(VisionTransformer):
             raise ModelError(f"early_layers is {early_layers}, but the backbone has {self.depth} blocks: "
                              f"choose a layer from 1 to {self.depth}")
         self.early_layers, self.head_layers = early_layers, head_layers
+        self.predictions = ("mim", "cls") if head_layers else ("mim",)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
         self.lm_head = nn.Linear(self.embed_dim, vocab_size)
         # The parent class has drawn its weights already. They are drawn again, because in pre-training the published
@@ -551,13 +560,14 @@ class MaskedImageModel(VisionTransformer):
             self.cls_pt_lm_head = nn.Linear(self.embed_dim, vocab_size)
             init_weights(self.cls_pt_lm_head, truncate_at=init_std, std=init_std)
 
-    def forward(self, images: Tensor, masked: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, masked: Tensor) -> list[Tensor]:
         """Predict the ids of the masked patches: p(id | visible patches) = softmax of these logits (equation 3).
 
         images   [B, 3, S, S], normalised
         masked   int64 [B, M], ascending positions of the masked patches, 0 to N-1. M is the same number for each image,
                  so that every shape is static (see `masked_positions`)
-        returns  logits [B, M, K] by name: "mim", of the backbone, and "cls", of the aggregation head if there is one
+        returns  logits [B, M, K] for each name in `self.predictions`: "mim", of the backbone, and "cls", of the
+                 aggregation head, if there is one
         """
         # Built once, used by all blocks and by the head.
         position_bias = self.shared_position_bias()  # [1, H, T, T], or None
@@ -570,9 +580,9 @@ class MaskedImageModel(VisionTransformer):
         # Prediction 1. Only the masked patches are asked: [B, N, D] -> [B, M, D] -> [B, M, K]. A visible patch sees its
         # own pixels, so naming its code would be an exercise in copying. Picking before the norm and the output layer
         # also saves 60 % of the largest matrix product of the model: D x 8192 for each token.
-        predictions = {"mim": self.lm_head(self.norm(take(x[:, 1:], masked)))}
+        predictions = [self.lm_head(self.norm(take(x[:, 1:], masked)))]
         if self.head_layers:
-            predictions["cls"] = self.aggregate(x, kept[self.early_layers], masked, position_bias)
+            predictions.append(self.aggregate(x, kept[self.early_layers], masked, position_bias))
         return predictions
 
     def aggregate(self, last: Tensor, early: Tensor, masked: Tensor, position_bias: Tensor | None) -> Tensor:
@@ -690,7 +700,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        bare = parameter.ndim == 1 or name.endswith(".bias") or name.split(".")[-1] in ("cls_token", "pos_embed")
+        bare = parameter.ndim == 1 or name.endswith(".bias") or name.split(".")[-1] in ROLES["undecayed"]
         decay = 0.0 if bare else weight_decay
         scale = lr_scale(name, depth, layer_decay) if layer_decay < 1 else 1.0
         group = groups.setdefault((decay, scale), dict(params=[], names=[], weight_decay=decay, lr_scale=scale))
@@ -705,7 +715,7 @@ def lr_scale(name: str, depth: int, layer_decay: float) -> float:
     The embeddings ([CLS], mask token, positions, patches) are layer 0, block i is layer i, counted from 1, and all else
     is layer L + 1.
     """
-    if name.startswith(("cls_token", "mask_token", "pos_embed", "patch_embed")):
+    if name.startswith(ROLES["layer 0"]):
         layer = 0
     elif name.startswith("blocks."):
         layer = int(name.split(".")[1]) + 1  # names count blocks from 0
@@ -858,35 +868,32 @@ def load_pretrained(model: nn.Module, checkpoint: str | Path | dict, source: str
     if per_block and shared in state and shared not in target:
         state |= dict.fromkeys(per_block, state.pop(shared))
 
-    unexpected, misfits = [], []
-    for name, value in state.items():
-        if name.endswith(ALWAYS_DROPPED_ENDS) or name.startswith(ALWAYS_DROPPED_STARTS):
-            report.dropped.append(name)
-        elif name not in target:
-            (report.dropped if name.startswith(droppable) else unexpected).append(name)
-        else:
-            resized = resize_positions(name, value, target[name])
-            if resized is not value:
-                report.resized.append(name)
-            if resized.shape == target[name].shape:
-                target[name].copy_(resized)  # state_dict() shares memory with the model
-                report.loaded.append(name)
-            elif name.startswith(may_be_fresh):
-                report.dropped.append(name)
-                report.fresh.append(name)
-            else:
-                misfits.append(f"{name} is {list(value.shape)} there and {list(target[name].shape)} here")
-    broken = [name for name in report.loaded if not target[name].isfinite().all()]
-    missing = [name for name in target if name not in state]
-    report.fresh += [name for name in missing if name.startswith(may_be_fresh)]
-    missing = [name for name in missing if name not in report.fresh]
+    report.dropped = [name for name in state if name.endswith(ALWAYS_DROPPED_ENDS)
+                      or name.startswith(ALWAYS_DROPPED_STARTS) or (name not in target and name.startswith(droppable))]
+    there = {name: value for name, value in state.items() if name not in report.dropped}
+    here = {name: resize_positions(name, value, target[name]) if name in target else value
+            for name, value in there.items()}
+    report.resized = [name for name in here if here[name] is not there[name]]
+    misfits = [name for name in here if name in target and here[name].shape != target[name].shape]
+    for name in [name for name in misfits if name.startswith(may_be_fresh)]:
+        misfits.remove(name)
+        report.dropped.append(name)
+        del here[name]
 
-    for problem, names in (("has tensors of another size", misfits), ("holds tensors that this model does not have",
-                           unexpected), ("lacks tensors that this model needs", missing)):
+    def refuse(problem: str, names: list[str]) -> None:
         if names:
             shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             raise ModelError(f"'{report.source}' {problem}: {shown}; it was made with another model or codebook, so "
                              f"make the configuration agree with it or choose another checkpoint")
+
+    refuse("has tensors of another size", [f"{name} is {list(there[name].shape)} there and {list(target[name].shape)} here"
+                                           for name in misfits])
+    missing, unexpected = model.load_state_dict(here, strict=False)
+    report.loaded = [name for name in here if name in target]
+    report.fresh = [name for name in missing if name.startswith(may_be_fresh)]
+    refuse("holds tensors that this model does not have", unexpected)
+    refuse("lacks tensors that this model needs", [name for name in missing if name not in report.fresh])
+    broken = [name for name in report.loaded if not target[name].isfinite().all()]
     if broken:  # such a tokenizer would give each patch code 0, and pre-training would learn to say so
         raise ModelError(f"'{report.source}' holds numbers that are not finite, in {', '.join(broken[:4])}: the run that "
                          f"wrote it has failed, so train it anew or choose another checkpoint")
@@ -901,7 +908,7 @@ def timm_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     shared = state.get("rel_pos_bias.relative_position_bias_table")
     kept = {name: value for name, value in state.items()
-            if not name.startswith(("mask_token", "lm_head.", "cls_pt_", "rel_pos_bias."))
+            if not name.startswith((*ROLES["pre-training"], "rel_pos_bias."))
             and not name.endswith(ALWAYS_DROPPED_ENDS)}
     if shared is not None:
         depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))

@@ -125,14 +125,14 @@ def train(config) -> None:
             # 4. Both predictions. The student gets ImageNet's normalisation, which fine-tuning will use too. (The
             #    tokenizer got [0,1], which VQKD.encode scales as in its own training.)
             with run.autocast():
-                predictions = student(normalize(images), masked)  # "mim" and "cls": logits [B, M, K]
+                predictions = student(normalize(images), masked)  # a list of logits [B, M, K], named by model.predictions
 
             # 5. The score: a classification among K ids for each hidden patch, for both predictions with the same weight.
-            #    The gradient of "cls" reaches the last layers only through [CLS]: that shall make [CLS] a summary of the
-            #    image (see MaskedImageModel). Accuracy is low even at the end (about 16 % for the paper's large model):
+            #    The gradient of the second one, "cls", reaches the last layers only through [CLS]: that shall make [CLS] a
+            #    summary of the image (see MaskedImageModel). Accuracy is low even at the end (about 16 % for the paper's large model):
             #    many codes fit a hidden patch, and only one is right.
             loss = 0.0
-            for name, logits in predictions.items():
+            for name, logits in zip(model.predictions, predictions):
                 part, hits = score(logits, targets)
                 loss = loss + part
                 run.record(**{f"{name}_loss": part, f"{name}_accuracy": hits.float().mean()})

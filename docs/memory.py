@@ -108,7 +108,7 @@ def pretrain_stage(config):
         with half_precision():
             ids = take(tokenizer.token_ids(images), masked)
             predictions = model(data.normalize(images), masked)
-        return sum(score(logits, ids)[0] for logits in predictions.values())
+        return sum(score(logits, ids)[0] for logits in predictions)
 
     return model, loss_of
 

@@ -28,7 +28,7 @@ def paint_epoch(run: Run, student: MaskedImageModel, tokenizer: nn.Module, val_s
     with run.autocast():
         inputs = data.to_unit(images.to(run.device))
         target = take(tokenizer.token_ids(inputs), masked)
-        hits = [score(logits, target)[1] for logits in student(data.normalize(inputs), masked).values()]
+        hits = [score(logits, target)[1] for logits in student(data.normalize(inputs), masked)]
     rows = []
     for i, image in enumerate(images):
         panels = [mask_picture(image, masked[i], None, student.grid)]

@@ -288,8 +288,9 @@ def test_early_patches_reach_the_head_directly():
 def test_without_a_head_it_is_plain_masked_prediction():
     full, plain = tiny_mim(), tiny_mim(head_layers=0, early_layers=99)
     plain.load_state_dict({name: value for name, value in full.state_dict().items() if not name.startswith("cls_pt")})
-    logits, nothing = plain(images(), MASKED)
-    assert nothing is None and torch.equal(logits, full(images(), MASKED)[0])
+    [logits] = plain(images(), MASKED)
+    assert torch.equal(logits, full(images(), MASKED)[0])
+    assert (full.predictions, plain.predictions) == (("mim", "cls"), ("mim",))
 
 
 def test_a_separate_head_begins_as_the_shared_one_does():
@@ -317,12 +318,12 @@ def test_shared_head_shares_norm_and_output_layer(shared_lm_head):
 
 
 def test_classifier_pools_as_asked():
-    for mean_pool in (True, False):
-        model = randomised(Classifier(5, mean_pool=mean_pool, **TINY))
+    for pooling in ("mean", "cls"):
+        model = randomised(Classifier(5, pooling, **TINY))
         tokens = model.features(images())
-        pooled = model.fc_norm(tokens[:, 1:].mean(dim=1)) if mean_pool else tokens[:, 0]
+        pooled = model.fc_norm(tokens[:, 1:].mean(dim=1)) if pooling == "mean" else tokens[:, 0]
         assert torch.equal(model(images()), model.head(pooled))
-        assert isinstance(model.norm, torch.nn.Identity) == mean_pool
+        assert isinstance(model.norm, torch.nn.Identity) == (pooling == "mean")
 
 
 # --- load_pretrained: what fits ----------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def test_masked_image_model(name):
 def test_classifier(name):
     data = read(name)
     config = data["config"]
-    model = Classifier(config["num_classes"], mean_pool=config["use_mean_pooling"], **backbone(config))
+    model = Classifier(config["num_classes"], "mean" if config["use_mean_pooling"] else "cls", **backbone(config))
     assert_loads_key_for_key(model, data["state_dict"])
 
     states = data["hidden_states"]
@@ -273,7 +273,7 @@ def test_parameter_groups_of_pretraining():
 def test_parameter_groups_of_finetuning():
     expected = recipe("finetune_param_groups")
     names = list(expected["groups"])
-    model = model_with(names, Classifier, num_classes=3, mean_pool="fc_norm.weight" in names)
+    model = model_with(names, Classifier, num_classes=3, pooling="mean" if "fc_norm.weight" in names else "cls")
     assert model.depth == expected["depth"]
     assert_groups(parameter_groups(model, expected["weight_decay"], expected["layer_decay"]), expected["groups"])
 
