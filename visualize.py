@@ -435,7 +435,7 @@ class Models:
 
     def __init__(self, config, seen: Seen):
         self.config, self.seen, self.opened = config, seen, {}
-        self.device = setup_distributed(config.device)
+        self.device = setup_distributed(config.device, config.threads)
 
     def once(self, name: str, make):
         if name not in self.opened:
