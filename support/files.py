@@ -1,3 +1,8 @@
+"""Files: downloads that are checked, checkpoints that are never half written, and the lines of metrics.jsonl.
+
+No reader of the method needs this file: it only finds, fetches and keeps what the stages exchange.
+"""
+
 import contextlib
 import hashlib
 import json
