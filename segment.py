@@ -40,7 +40,7 @@ from support.files import say_if_unfinished, stage_checkpoint
 from support.launch import launch
 from support.loaders import ValLoader
 from support.optimizers import clip_gradients, make_optimizer
-from support.options import Amount, Count, Natural, OptimizerConfig, Share, load_config
+from support.options import Amount, Count, Natural, OptimizerConfig, PathText, Share, load_config
 from support.pictures import paint
 from support.precision import Precision
 from support.processes import all_reduce_sum, broadcast_buffers, gather_in_order, say, setup_distributed, world_size
@@ -56,11 +56,11 @@ class SegmentConfig(OptimizerConfig):
     """The `segment` section; the defaults are the paper's for base on ADE20K."""
 
     mode: Literal["train", "predict"] = "train"  # predict: write masks of images that have no annotation
-    weights: str = ""  # path or URL; empty: OUTPUT_DIR/pretrain/last.pt; none: an untrained backbone
+    weights: PathText = ""  # path or URL; empty: OUTPUT_DIR/pretrain/last.pt; none: an untrained backbone
     eval_only: bool = False  # only validate `checkpoint`
     # For eval_only and predict. Path or URL; empty: OUTPUT_DIR/segment/best.pt, or segment_scratch/ for weights: none.
-    checkpoint: str = ""
-    images: str = ""  # predict only: an image, a folder, or a pattern such as *.jpg
+    checkpoint: PathText = ""
+    images: PathText = ""  # predict only: an image, a folder, or a pattern such as *.jpg
     iterations: Count = 160_000  # optimizer steps
     eval_every: Count = 16_000  # steps between two evaluations; a divisor of `iterations`
     warmup_iterations: Natural = 1500  # linear warm-up, on top of the linear decay to 0

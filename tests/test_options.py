@@ -1,5 +1,6 @@
 """support/options.py: what a config file and a command line may say, and how two configurations are compared."""
 
+import importlib
 import json
 import sys
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Literal
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from beitv2 import ModelError  # noqa: E402
 from support.errors import UserError  # noqa: E402
 from support.options import PathText, TrainConfig, as_dict, changed_keys, defaults_of, load_config, with_defaults  # noqa: E402
 
@@ -91,7 +93,7 @@ def test_an_empty_config_and_an_empty_section_have_the_defaults(tmp_path):
 
 @pytest.mark.parametrize("text, overrides, words", [
     ("data: 5", [], "'data'.*section"), ("data: [rate]", [], "'data'.*section"), ("data: 5", ["data.rate=1"], "'data'"),
-    ("- a", [], "list"), ("hello", [], "str"), ("data: {rate: [", [], "not valid YAML"), ("seed: 2024-13-41", [], "not valid YAML"), (2000 * "[", [], "not valid YAML"), ("data: \trate", [], "not valid YAML"),
+    ("- a", [], "list"), ("hello", [], "str"), ("data: {rate: [", [], "not valid YAML"), ("seed: 2024-13-41", [], "not valid YAML"), (600 * "[", [], "not valid YAML"), ("data: \trate", [], "not valid YAML"),
     ("", ["data.rate"], "'data.rate' on the command line"), ("", ["data.rate=["], "no valid value"), ("", ["data=5"], "'data'"),
 ])
 def test_a_malformed_config(tmp_path, text, overrides, words):
@@ -120,7 +122,7 @@ def test_text_on_the_command_line_is_taken_as_it_stands(tmp_path, text, value):
 def test_other_types_on_the_command_line_are_read_as_yaml(tmp_path):
     found = load(tmp_path, "", "data.words=['a #1', \"7\"]", "data.count=4 # four", "data.flag=yes", "data.kind=true", "data.maybe=null").data
     assert (found.words, found.count, found.flag, found.kind, found.maybe) == (["a #1", "7"], 4, True, "true", None)
-    for change in ("data.count=@x", "data.words=a", "data.rate=2024-13-41", "data.count=" + 2000 * "["):
+    for change in ("data.count=@x", "data.words=a", "data.rate=2024-13-41", "data.count=" + 600 * "["):
         with pytest.raises(UserError, match=f"'{change.split('=')[0]}"):
             load(tmp_path, "", change)
 
@@ -210,3 +212,66 @@ def test_a_run_from_before_an_option_has_its_default(tmp_path):
 def test_defaults_have_the_form_of_a_saved_configuration(tmp_path):
     assert defaults_of({"data": Options}) == as_dict(load(tmp_path, ""))
     assert defaults_of({"pretrain": TrainConfig})["pretrain"]["optimizer"] == "adamw"
+
+
+# --- what the sections of the scripts check before anything is computed ------------------------------------------
+
+TINY = """
+data: {dataset: shapes, image_size: 16}
+model: {embed_dim: 32, depth: 2, num_heads: 2, patch_size: 4}
+tokenizer: {embed_dim: 32, depth: 1, num_heads: 2}
+pretrain: {num_masked: 6, min_block: 2, early_layers: 1}
+segment: {crop_size: 16}
+"""
+STAGES = ("tokenizer", "pretrain", "finetune", "segment", "visualize")
+
+
+def tiny(tmp_path, script: str, *changes: str):
+    (tmp_path / "c.yaml").write_text(TINY)
+    return load_config(importlib.import_module(script).SECTIONS, [str(tmp_path / "c.yaml"), *changes])
+
+
+@pytest.mark.parametrize("script, change, words", [
+    *((script, "data.image_size=18", "18 pixels.*patches of 4.*such as 16 for data.image_size") for script in STAGES if script != "segment"),
+    ("pretrain", "data.image_size=1", "such as 4 for data.image_size"), ("segment", "segment.crop_size=27", "such as 28 for segment.crop_size"),
+    *((script, "model.num_heads=5", "32 does not divide among 5.*model.embed_dim") for script in STAGES),
+    ("tokenizer", "tokenizer.num_heads=5", "32 does not divide among 5.*tokenizer.embed_dim"),
+    ("pretrain", "pretrain.num_masked=17", "17 masked patches are more than the 16"),
+    ("pretrain", "pretrain.min_block=7", "no block can have more than 6"),
+    ("pretrain", "pretrain.early_layers=3", "early_layers is 3.*2 blocks"), ("pretrain", "pretrain.early_layers=0", "early_layers is 0"),
+    *((script, f"{script}.crop_scale=[1,0.2]", rf"{script}.crop_scale is \[1.0, 0.2\]") for script in STAGES[:3]),
+    ("pretrain", "pretrain.crop_scale=[0,1]", "both above 0"),
+])
+def test_values_that_do_not_fit_together(tmp_path, script, change, words):
+    with pytest.raises((UserError, ModelError), match=words):
+        tiny(tmp_path, script, change)
+
+
+@pytest.mark.parametrize("script, changes", [
+    ("segment", ["data.image_size=18"]),  # it looks at crops of segment.crop_size
+    ("pretrain", ["pretrain.head_layers=0", "pretrain.early_layers=9"]),  # no aggregation head, no early layer
+    ("visualize", ["pretrain.num_masked=75", "pretrain.early_layers=9"]),  # a page without pre-training
+    ("pretrain", ["pretrain.num_masked=16", "pretrain.min_block=9"]),
+])
+def test_values_that_fit_as_far_as_they_are_used(tmp_path, script, changes):
+    tiny(tmp_path, script, *changes)
+
+
+@pytest.mark.parametrize("script", ["pretrain", "visualize"])
+@pytest.mark.parametrize("ratio, masked", [(0.4, 6), (0.5, 8), (1, 16), (0.01, 1), (0.0, 6)])
+def test_mask_ratio_becomes_a_number_of_patches(tmp_path, script, ratio, masked):
+    found = tiny(tmp_path, script, f"pretrain.mask_ratio={ratio}", "pretrain.num_masked=6", "pretrain.min_block=0").pretrain
+    assert found.num_masked == masked
+    same = tiny(tmp_path, script, f"pretrain.num_masked={masked}", "pretrain.min_block=0").pretrain
+    assert found == same  # so a run is the same run, whichever of the two was given
+
+
+def test_paths_of_all_sections_know_the_home_folder(tmp_path, monkeypatch):
+    """Every option that names files: a new one must be PathText too."""
+    monkeypatch.setenv("HOME", "/home/me")
+    names = {"data": ["root", "cache"], "tokenizer": ["weights", "images", "output", "teacher_weights"],
+             "pretrain": ["tokenizer_weights"], "finetune": ["weights", "classes_file", "images"], "segment": ["weights", "checkpoint"]}
+    for section, keys in names.items():
+        script = "tokenizer" if section == "data" else section
+        config = tiny(tmp_path, script, *(f"{section}.{key}=~/x/*.y" for key in keys))
+        assert {getattr(getattr(config, section), key) for key in keys} == {"/home/me/x/*.y"}
