@@ -103,8 +103,9 @@ def dimensions(section) -> dict[str, int]:
 def check_patches(image_size: int, patch_size: int, option: str = "image_size") -> None:
     """ModelError if an image of image_size x image_size pixels cannot be cut into whole patches."""
     if image_size < patch_size or image_size % patch_size:
+        nearest = max(1, round(image_size / patch_size)) * patch_size
         raise ModelError(f"an image of {image_size} pixels cannot be cut into patches of {patch_size}: choose a "
-                         f"multiple of the patch size, such as {max(1, round(image_size / patch_size)) * patch_size} for {option}")
+                         f"multiple of the patch size, such as {nearest} for {option}")
 
 
 def check_heads(embed_dim: int, num_heads: int, section: str = "") -> None:
