@@ -1,4 +1,4 @@
-"""Errors that a person can mend, in one sentence.
+"""Errors that the user can correct: each has a message of one sentence.
 
 No reader of the method needs this file: `launch` prints the sentence and leaves out the traceback.
 """

@@ -1,4 +1,4 @@
-"""How a script starts and ends: what people can mend is told in one sentence, and a signal ends a run tidily.
+"""How a script starts and ends: an error that its user can correct is told in one sentence, and a signal saves the run.
 
 No reader of the method needs this file: it calls the script's `main`, and has no part in what that does.
 """
@@ -31,8 +31,8 @@ MACHINE = [
      "the loader workers are out of shared memory (/dev/shm): set data.workers=0, or in Docker give more of it with "
      "`docker run --shm-size=8g`"),
     (("is killed by signal", "exited unexpectedly"),
-     "a loader worker was killed, mostly because memory ran out: set fewer data.workers; the same command goes on from "
-     "the last checkpoint"),
+     "a loader worker was killed, probably because memory ran out: set fewer data.workers; the same command goes on "
+     "from the last checkpoint"),
     (("ancdata", "Too many open files"),
      "this shell allows too few open files: raise the limit with `ulimit -n 65536`, or set data.workers=0"),
     (("allocate memory", "MemoryError"),
@@ -77,9 +77,9 @@ def launch(main: Callable[[], None], *expected: type[Exception]) -> None:
     except (UserError, *expected) as error:
         fail(" ".join(str(error).split()))
     except torch.OutOfMemoryError:
-        fail("the device is out of memory: set a smaller device_batch_size (gradients are accumulated; of the result "
-             "only rounding and random numbers change, and in segment.py BatchNorm's statistics), or "
-             "model.checkpoint_activations=true")
+        fail("the device is out of memory: set a smaller device_batch_size (gradients are then added up over several "
+             "passes, which changes the result by rounding and other random numbers only; in segment.py BatchNorm's "
+             "statistics change too), or model.checkpoint_activations=true")
     except (RuntimeError, OSError, MemoryError) as error:
         if sentence := about_machine(error):
             fail(sentence)
@@ -109,11 +109,11 @@ def leave_with_traceback(*error: Any) -> typing.NoReturn:
     """An error that nobody foresaw, such as one in code that you have just changed: show where it is, and leave."""
     sys.__excepthook__(*error)
     sys.stdout.flush()
-    os._exit(1)  # Python itself would tell loader workers to end by SIGTERM, which they ignore, and wait for ever
+    os._exit(1)  # Python itself would tell loader workers to end by SIGTERM, which they ignore, and wait forever
 
 
 def fail(sentence: str, status: int = 1) -> typing.NoReturn:
-    """Say it once and leave. All ranks mostly fail alike, so the others wait, and torchrun ends them with the first.
+    """Say it once and leave. Ranks usually fail alike, so the others wait, and torchrun ends them with the first.
 
     A rank that fails because another one has gone waits too, whatever its number. Where torchrun's SIGTERM was quicker
     than the failure, the rank that failed first has spoken already, and this one ends in silence.
