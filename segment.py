@@ -157,7 +157,7 @@ def open_split(config, split: Literal["train", "val"]) -> "AnnotatedFolder | Sha
         raise UserError(f"segment.classes lists {len(cfg.classes)} names: list those of the annotations' classes, 254 "
                         f"at most")
     folder = {"train": cfg.train_split, "val": cfg.val_split}[split]
-    return AnnotatedFolder(os.path.expanduser(config.data.root), folder, cfg)
+    return AnnotatedFolder(config.data.root, folder, cfg)
 
 
 def load_pair(dataset, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
@@ -678,7 +678,7 @@ def predict(config) -> None:
     masks/NAME.png      a class for each pixel of the image, numbered as in the annotations that the model learned from
     overlays/NAME.png   the image, and the same in colours over it
     """
-    cfg, device = config.segment, setup_distributed(config.device)
+    cfg, device = config.segment, setup_distributed(config.device, config.threads)
     images = open_files(cfg.images)
     path = stage_checkpoint(config, stage_folder(cfg), cfg.checkpoint, "segment.checkpoint", "best.pt")
     model, trained = open_segmenter(config, path, read_checkpoint(path))
