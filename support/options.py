@@ -76,8 +76,8 @@ class TrainConfig(OptimizerConfig):
 
 
 # A run may go on with other values of these: they change its speed or its place. Its result changes by rounding only.
-# The exception is what each device does with its own part of a batch: drop path and MixUp draw other random numbers, and
-# BatchNorm sees other images.
+# The exception is what each device does with its own part of a batch: drop path and MixUp draw other random numbers,
+# and BatchNorm sees other images.
 FREE_TO_CHANGE = {"output_dir", "device", "precision", "compile", "threads", "root", "download", "cache", "workers",
                   "device_batch_size", "save_every", "checkpoint_activations", "eval_only", "overlays"}
 
