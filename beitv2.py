@@ -73,6 +73,17 @@ class ModelConfig:
     abs_pos_embed: bool = False  # learned absolute position embeddings
     checkpoint_activations: bool = False  # recompute the blocks in the backward pass: less memory, a third more time
 
+    def check(self, config) -> None:
+        """Called when the configuration is read. ModelError if patches do not fit the image, or heads the width."""
+        if hasattr(config, "segment"):  # segment.py looks at crops of their own size
+            check_patches(config.segment.crop_size, self.patch_size, "segment.crop_size")
+        else:
+            check_patches(config.data.image_size, self.patch_size, "data.image_size")
+        for section in ("model", "tokenizer"):
+            if hasattr(config, section):
+                sizes = dimensions(getattr(config, section))
+                check_heads(sizes["embed_dim"], sizes["num_heads"], f"{section}.")
+
     def backbone(self, image_size: int, tables: Literal["shared", "per_block"] = "per_block") -> dict:
         """Keyword arguments of `VisionTransformer` for this configuration.
 
@@ -95,6 +106,21 @@ def dimensions(section) -> dict[str, int]:
     width, depth, heads = SIZES[section.size]
     return dict(embed_dim=section.embed_dim or width, depth=section.depth or depth,
                 num_heads=section.num_heads or heads)
+
+
+def check_patches(image_size: int, patch_size: int, option: str = "image_size") -> None:
+    """ModelError if an image of image_size x image_size pixels cannot be cut into whole patches."""
+    if image_size < patch_size or image_size % patch_size:
+        nearest = max(1, round(image_size / patch_size)) * patch_size
+        raise ModelError(f"an image of {image_size} pixels cannot be cut into patches of {patch_size}: choose a "
+                         f"multiple of the patch size, such as {nearest} for {option}")
+
+
+def check_heads(embed_dim: int, num_heads: int, section: str = "") -> None:
+    """ModelError if the attention heads cannot share the width out evenly."""
+    if embed_dim % num_heads:
+        raise ModelError(f"a width of {embed_dim} does not divide among {num_heads} attention heads: choose "
+                         f"{section}embed_dim a multiple of {section}num_heads")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -323,13 +349,8 @@ class VisionTransformer(nn.Module):
                  checkpoint_activations: bool = False, pre_norm: bool = False, quick_gelu: bool = False,
                  norm_eps: float = 1e-6, num_registers: int = 0):
         super().__init__()
-        if image_size < patch_size or image_size % patch_size:
-            raise ModelError(f"an image of {image_size} pixels cannot be cut into patches of {patch_size}: choose an "
-                             f"image size that is a multiple of the patch size, such as "
-                             f"{max(1, round(image_size / patch_size)) * patch_size}")
-        if embed_dim % num_heads:
-            raise ModelError(f"a width of {embed_dim} does not divide among {num_heads} attention heads: "
-                             f"choose embed_dim a multiple of num_heads")
+        check_patches(image_size, patch_size)
+        check_heads(embed_dim, num_heads)
         self.image_size, self.patch_size, self.embed_dim, self.depth = image_size, patch_size, embed_dim, depth
         self.grid = image_size // patch_size
         self.num_patches = self.grid**2

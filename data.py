@@ -30,7 +30,7 @@ from torchvision.transforms import RandomErasing, RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as TF
 
 from support.errors import UserError, one_line
-from support.options import Count, Natural
+from support.options import Count, Natural, PathText
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -43,14 +43,20 @@ class DataConfig:
 
     dataset: Literal["imagefolder", "cifar10", "cifar100", "stl10", "imagenette", "food101", "oxford_pets",
                      "fashion_mnist", "shapes", "ade20k"] = "imagefolder"  # where the images come from
-    root: str = "data"  # any folder of images, or with classes ROOT/{train,val}/CLASS/*.jpg; or where to download to
+    root: PathText = "data"  # a folder of images, or ROOT/{train,val}/CLASS/*.jpg with classes; or where to download to
     download: bool = False  # fetch a named data set that is not in `root`
     image_size: Count = 224  # pixels, square
     views: Natural = 0  # crops of each image that a frozen network sees: epoch e takes number e mod views; 0: new ones
-    cache: str = ""  # with views: folder for what frozen networks say of the crops; empty: OUTPUT_DIR/cache; none: off
+    cache: PathText = ""  # with views: folder for what frozen networks say of crops; empty: OUTPUT_DIR/cache; none: off
     workers: Natural = 8  # loader processes per rank
     train_images: Count = 4000  # `shapes` only: how many to draw for training
     val_images: Count = 1000  # `shapes` only: how many to draw for validation
+
+    def check(self, config) -> None:
+        """Called when the configuration is read."""
+        for name, section in vars(config).items():
+            if hasattr(section, "crop_scale"):
+                check_crop_scale(section.crop_scale, f"{name}.crop_scale")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -193,6 +199,12 @@ def seeded(*numbers: int):
         yield
 
 
+def check_crop_scale(crop_scale: tuple[float, float], option: str = "crop_scale") -> None:
+    if not 0 < crop_scale[0] <= crop_scale[1]:
+        raise UserError(f"{option} is {list(crop_scale)}, and must be [smallest, largest] share of the image's area, "
+                        f"both above 0")
+
+
 class TrainView(SampleView):
     """A training sample for classification and pre-training. view[epoch, index] is a dictionary with these entries:
 
@@ -215,9 +227,7 @@ class TrainView(SampleView):
     def __init__(self, dataset, seed: int, image_size: int, crop_scale=(0.08, 1.0), jitter=0.0,
                  num_masked=0, mask_grid=0, min_block=16, rand_augment=False, erase=0.0, views=0):
         check_num_masked(num_masked, mask_grid)
-        if not 0 < crop_scale[0] <= crop_scale[1]:
-            raise UserError(f"crop_scale is {list(crop_scale)}, and must be [smallest, largest] share of the image's "
-                            f"area, both above 0")
+        check_crop_scale(crop_scale)
         super().__init__(dataset, seed)
         self.size, self.views = image_size, views
         self.crop_scale, self.jitter, self.erase = crop_scale, jitter, erase

@@ -45,7 +45,7 @@ from support.frozen import Frozen, digest
 from support.launch import launch
 from support.loaders import ValLoader
 from support.optimizers import clip_gradients, make_optimizer
-from support.options import Amount, Beta, Count, Share, TrainConfig, load_config
+from support.options import Amount, Beta, Count, PathText, Share, TrainConfig, load_config
 from support.processes import all_reduce_sum, gather_in_order, say
 from support.run import Run
 from support.use import export, features, open_classifier, predict
@@ -58,10 +58,10 @@ class FinetuneConfig(TrainConfig):
     mode: Literal["finetune", "linear_probe", "knn", "report", "predict", "features", "export"] = "finetune"
     # Path or URL. Empty: OUTPUT_DIR/pretrain/last.pt, or finetune/best.pt for eval_only, predict, features and export.
     # none: an untrained backbone, or, for these four, what was fine-tuned from an untrained backbone.
-    weights: str = ""
+    weights: PathText = ""
     eval_only: bool = False  # only validate, on images whose classes may be some of those that the model knows
-    classes_file: str = ""  # names of the model's classes, one a line, where its checkpoint does not hold them
-    images: str = ""  # predict and features: an image, a folder, or a pattern such as *.jpg
+    classes_file: PathText = ""  # names of the model's classes, one a line, where its checkpoint does not hold them
+    images: PathText = ""  # predict and features: an image, a folder, or a pattern such as *.jpg
     blocks: list[Count] = field(default_factory=list)  # features: blocks, from 1, whose hidden states to save too
     epochs: Count = 100
     batch_size: Count = 1024

@@ -37,15 +37,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from beitv2 import MaskedImageModel, ModelConfig, ModelError, masked_positions, score
-from data import DataConfig, TrainView, jittered, normalize
+from beitv2 import MaskedImageModel, ModelConfig, ModelError, dimensions, masked_positions, score
+from data import DataConfig, TrainView, check_num_masked, jittered, normalize
 from finetune import knn_pulse
 from support.datasets import open_datasets
 from support.epoch_picture import paint_epoch
 from support.errors import UserError
 from support.launch import launch
 from support.optimizers import clip_gradients, make_optimizer
-from support.options import Amount, Beta, Count, Natural, Share, TrainConfig, load_config
+from support.options import Amount, Beta, Count, Natural, PathText, Share, TrainConfig, load_config
 from support.run import Run
 from tokenizer import TokenizerConfig, load_tokenizer
 
@@ -62,8 +62,9 @@ class PretrainConfig(TrainConfig):
     betas: tuple[Beta, Beta] = (0.9, 0.98)  # .999 for 1600 epochs
     clip_grad: Amount = 3.0
     drop_path: Share = 0.0  # .1 for 1600 epochs
-    tokenizer_weights: str = ""  # a trained tokenizer, path or URL; empty: OUTPUT_DIR/tokenizer/last.pt
+    tokenizer_weights: PathText = ""  # a trained tokenizer, path or URL; empty: OUTPUT_DIR/tokenizer/last.pt
     num_masked: Count = 75  # masked patches per image: about 40 % of 196
+    mask_ratio: Share = 0.0  # share of the patches to mask, instead of num_masked; 0: num_masked counts
     min_block: Natural = 16  # patches in the smallest block; 0: no blocks, single patches
     early_layers: Natural = 9  # l: the aggregation head sees the patches after this layer; the first layer is 1
     head_layers: Natural = 2  # transformer blocks of the aggregation head; 0: no such head
@@ -72,6 +73,23 @@ class PretrainConfig(TrainConfig):
     jitter: Amount = 0.4  # strength of the colour jitter
     knn_every: Natural = 10  # a k-NN measurement after so many epochs, and after the last; 0: never
     knn_images: Count = 20000  # training images that the k-NN compares with, evenly chosen
+
+    def check(self, config) -> None:
+        """Called when the configuration is read: are there such masks, and such a layer?"""
+        grid = config.data.image_size // config.model.patch_size
+        if self.mask_ratio:  # from here on the number counts: a run is the same, whichever of the two was given
+            self.num_masked, self.mask_ratio = max(1, round(self.mask_ratio * grid**2)), 0.0
+        if hasattr(config, "visualize"):  # a page of pictures needs no pre-training
+            return
+        check_num_masked(self.num_masked, grid)
+        largest = min(self.num_masked, (grid - 1) ** 2)
+        if self.min_block > largest:  # every mask would consist of single patches
+            raise UserError(f"pretrain.min_block is {self.min_block}, but with {self.num_masked} masked patches of {grid} "
+                            f"x {grid} no block can have more than {largest}: lower pretrain.min_block")
+        depth = dimensions(config.model)["depth"]
+        if self.head_layers and not 1 <= self.early_layers <= depth:
+            raise UserError(f"pretrain.early_layers is {self.early_layers}, but the backbone has {depth} blocks: choose "
+                            f"a layer from 1 to {depth}")
 
 
 SECTIONS = {"data": DataConfig, "model": ModelConfig, "tokenizer": TokenizerConfig, "pretrain": PretrainConfig}
@@ -83,7 +101,6 @@ def main() -> None:
 
 def train(config) -> None:
     cfg, size = config.pretrain, config.data.image_size
-    check_blocks(cfg, size // config.model.patch_size)
     run = Run("pretrain", config, cfg)  # knows processes, devices, the log and checkpoints: nothing of the method
 
     # Each training sample brings its crop, the factors of its colour jitter, and its mask (data.block_mask).
@@ -156,14 +173,6 @@ def build_model(config, num_ids: int) -> MaskedImageModel:
     cfg = config.pretrain
     return MaskedImageModel(num_ids, cfg.early_layers, cfg.head_layers, cfg.shared_lm_head, cfg.drop_path,
                             **config.model.backbone(config.data.image_size, tables="shared"))
-
-
-def check_blocks(cfg: PretrainConfig, grid: int) -> None:
-    """UserError if no block can be as large as `min_block`: every mask would then consist of single patches."""
-    largest = min(cfg.num_masked, (grid - 1) ** 2)
-    if cfg.min_block > largest:
-        raise UserError(f"pretrain.min_block is {cfg.min_block}, but with pretrain.num_masked={cfg.num_masked} of {grid} "
-                        f"x {grid} patches no block can have more than {largest}: lower pretrain.min_block")
 
 
 def measure(run: Run, model: MaskedImageModel, tokenizer: nn.Module, train_set, val_set, epoch: int) -> dict[str, float]:

@@ -40,7 +40,7 @@ from support.files import say_if_unfinished, stage_checkpoint
 from support.launch import launch
 from support.loaders import ValLoader
 from support.optimizers import clip_gradients, make_optimizer
-from support.options import Amount, Count, Natural, OptimizerConfig, Share, load_config
+from support.options import Amount, Count, Natural, OptimizerConfig, PathText, Share, load_config
 from support.pictures import paint
 from support.precision import Precision
 from support.processes import all_reduce_sum, broadcast_buffers, gather_in_order, say, setup_distributed, world_size
@@ -56,11 +56,11 @@ class SegmentConfig(OptimizerConfig):
     """The `segment` section; the defaults are the paper's for base on ADE20K."""
 
     mode: Literal["train", "predict"] = "train"  # predict: write masks of images that have no annotation
-    weights: str = ""  # path or URL; empty: OUTPUT_DIR/pretrain/last.pt; none: an untrained backbone
+    weights: PathText = ""  # path or URL; empty: OUTPUT_DIR/pretrain/last.pt; none: an untrained backbone
     eval_only: bool = False  # only validate `checkpoint`
     # For eval_only and predict. Path or URL; empty: OUTPUT_DIR/segment/best.pt, or segment_scratch/ for weights: none.
-    checkpoint: str = ""
-    images: str = ""  # predict only: an image, a folder, or a pattern such as *.jpg
+    checkpoint: PathText = ""
+    images: PathText = ""  # predict only: an image, a folder, or a pattern such as *.jpg
     iterations: Count = 160_000  # optimizer steps
     eval_every: Count = 16_000  # steps between two evaluations; a divisor of `iterations`
     warmup_iterations: Natural = 1500  # linear warm-up, on top of the linear decay to 0
@@ -157,7 +157,7 @@ def open_split(config, split: Literal["train", "val"]) -> "AnnotatedFolder | Sha
         raise UserError(f"segment.classes lists {len(cfg.classes)} names: list those of the annotations' classes, 254 "
                         f"at most")
     folder = {"train": cfg.train_split, "val": cfg.val_split}[split]
-    return AnnotatedFolder(os.path.expanduser(config.data.root), folder, cfg)
+    return AnnotatedFolder(config.data.root, folder, cfg)
 
 
 def load_pair(dataset, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
@@ -678,7 +678,7 @@ def predict(config) -> None:
     masks/NAME.png      a class for each pixel of the image, numbered as in the annotations that the model learned from
     overlays/NAME.png   the image, and the same in colours over it
     """
-    cfg, device = config.segment, setup_distributed(config.device)
+    cfg, device = config.segment, setup_distributed(config.device, config.threads)
     images = open_files(cfg.images)
     path = stage_checkpoint(config, stage_folder(cfg), cfg.checkpoint, "segment.checkpoint", "best.pt")
     model, trained = open_segmenter(config, path, read_checkpoint(path))

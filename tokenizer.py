@@ -54,7 +54,7 @@ from support.frozen import Frozen, digest
 from support.launch import launch
 from support.loaders import ValLoader
 from support.optimizers import clip_gradients, make_optimizer
-from support.options import Amount, Beta, Count, Natural, Share, TrainConfig, load_config
+from support.options import Amount, Beta, Count, Natural, PathText, Share, TrainConfig, load_config
 from support.processes import all_reduce_sum, gather_in_order, say, world_size
 from support.run import Run
 from support.teachers import about_teacher, open_teacher
@@ -65,9 +65,9 @@ class TokenizerConfig(TrainConfig):
     """The `tokenizer` section. The image is cut into the same patches as the student's: `model.patch_size`."""
 
     mode: Literal["train", "encode"] = "train"  # encode: write the codes of images instead
-    weights: str = ""  # encode only: a trained tokenizer, path or URL; empty: OUTPUT_DIR/tokenizer/last.pt
-    images: str = ""  # encode only: an image, a folder, or a pattern such as *.jpg
-    output: str = ""  # encode only: file for names and codes; empty: they are printed
+    weights: PathText = ""  # encode only: a trained tokenizer, path or URL; empty: OUTPUT_DIR/tokenizer/last.pt
+    images: PathText = ""  # encode only: an image, a folder, or a pattern such as *.jpg
+    output: PathText = ""  # encode only: file for names and codes; empty: they are printed
     epochs: Count = 100
     batch_size: Count = 512
     lr: Amount = 2e-4  # the paper's 5e-5 per 128 images
@@ -77,7 +77,7 @@ class TokenizerConfig(TrainConfig):
     weight_decay: Amount = 1e-4
     teacher: Literal["clip_vitb16", "dino_vits16", "dino_vitb16", "dinov2_vits14", "dinov2_vitb14",
                      "dinov2_vits14_reg", "dinov2_vitb14_reg", "hog", "pixels", "beitv2"] = "clip_vitb16"  # Act 1
-    teacher_weights: str = ""  # path of the teacher's weights; empty: its public URL. `beitv2` needs one of ours
+    teacher_weights: PathText = ""  # path of the teacher's weights; empty: its public URL. `beitv2` needs one of ours
     encoder: Literal["vqkd", "teacher"] = "vqkd"  # teacher: no VQ-KD, but k-means of the teacher's own features
     size: Literal["tiny", "small", "base", "large"] = "base"  # of the encoder; the three below override it
     embed_dim: Count | None = None  # width of encoder and decoder

@@ -465,7 +465,7 @@ class Models:
 
     def __init__(self, config, seen: Seen):
         self.config, self.seen = config, seen
-        self.device = setup_distributed(config.device)
+        self.device = setup_distributed(config.device, config.threads)
 
     @functools.cached_property
     def tokenizer(self) -> vqkd.VQKD | TeacherTokenizer:

@@ -1,3 +1,8 @@
+"""Errors that the user can correct: each has a message of one sentence.
+
+No reader of the method needs this file: `launch` prints the sentence and leaves out the traceback.
+"""
+
 import contextlib
 import textwrap
 from typing import Iterator

@@ -1,3 +1,8 @@
+"""Files: downloads that are checked, checkpoints that are never half written, and the lines of metrics.jsonl.
+
+No reader of the method needs this file: it only finds, fetches and keeps what the stages exchange.
+"""
+
 import contextlib
 import hashlib
 import json
@@ -53,11 +58,11 @@ def stage_checkpoint(config: types.SimpleNamespace, stage: str, given: str, key:
     path = Path(config.output_dir) / stage / name
     if not path.is_file():
         script, scratch, _ = stage.partition("_scratch")
-        # What was changed on the command line holds there too, but for what was asked of this script alone.
+        # The command repeats the changes from our command line, without those of this script's own section.
         own = Path(sys.argv[0]).stem
         changes = [shlex.quote(change) for change in sys.argv[2:] if not change.startswith(f"{own}.")]
         changes += [f"{script}.weights=none"] if scratch else []
-        command = " ".join(["torchrun", f"{script}.py", config.file, *changes])
+        command = " ".join(["torchrun", f"{script}.py", shlex.quote(config.file), *changes])
         raise UserError(f"there is no '{path}' yet: make it with `{command}`{key and f', or set {key}=PATH_OR_URL'}")
     return path
 
@@ -87,7 +92,7 @@ def save_atomically(state: dict, path: Path) -> None:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, but for a last one that was cut short, or is being written just now."""
+    """The lines of a metrics.jsonl, without a last one that was cut short or is only half written yet."""
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):

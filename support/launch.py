@@ -1,3 +1,8 @@
+"""How a script starts and ends: an error that its user can correct is told in one sentence, and a signal saves the run.
+
+No reader of the method needs this file: it calls the script's `main`, and has no part in what that does.
+"""
+
 import contextlib
 import errno
 import os
@@ -17,15 +22,42 @@ from support.processes import all_reduce_sum, rank, world_size
 signals_heard: set[int] = set()  # those that asked this process to stop; Stop adds them, `fail` looks here
 
 
+# What PyTorch says when the machine lacks something, and our sentence for it; the first one that fits.
+MACHINE = [
+    (("InvalidCxxCompiler", "No working C++ compiler", "Failed to find C compiler", "CppCompileError",
+      "Cannot find a working triton installation"),
+     "torch.compile finds no compiler here that works: install a C++ compiler, such as g++, or set compile=false"),
+    (("allocate shared memory", "insufficient shared memory", "out of shared memory", "Bus error"),
+     "the loader workers are out of shared memory (/dev/shm): set data.workers=0, or in Docker give more of it with "
+     "`docker run --shm-size=8g`"),
+    (("is killed by signal", "exited unexpectedly"),
+     "a loader worker was killed, probably because memory ran out: set fewer data.workers; the same command goes on "
+     "from the last checkpoint"),
+    (("ancdata", "Too many open files"),
+     "this shell allows too few open files: raise the limit with `ulimit -n 65536`, or set data.workers=0"),
+    (("allocate memory", "MemoryError"),
+     "the computer is out of memory: set a smaller device_batch_size or fewer data.workers"),
+    (("EADDRINUSE", "address already in use"),
+     "another program uses the port where the processes were to meet: give torchrun another one, such as "
+     "--master-port=29501"),
+]
+
+
 class Unbreakable:
-    """A stream that may lose its reader (a closed pipe or terminal): what it cannot print any more ends no training."""
+    """A stream that may lose its reader (a closed pipe or terminal): what it cannot print any more ends no training.
+
+    What its encoding does not have, such as a file name that is no UTF-8, is printed as \\xNN or \\udcNN.
+    """
 
     def __init__(self, stream: Any):
         self.stream = stream
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
-            self.stream.write(text)
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError as error:
+                self.stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         return len(text)
 
     def flush(self) -> None:
@@ -45,18 +77,13 @@ def launch(main: Callable[[], None], *expected: type[Exception]) -> None:
     except (UserError, *expected) as error:
         fail(" ".join(str(error).split()))
     except torch.OutOfMemoryError:
-        fail("the device is out of memory: set a smaller device_batch_size (gradients are accumulated; of the result "
-             "only rounding and random numbers change, and in segment.py BatchNorm's statistics), or "
-             "model.checkpoint_activations=true")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        fail(f"cannot read or write '{error.filename or 'a file'}' ({error.strerror}): give it the right permissions, "
-             f"free some space or choose another output_dir; the same command goes on from the last checkpoint")
-    except RuntimeError as error:
-        if world_size() == 1 or not any(words in str(error) for words in ("closed by peer", "reset by peer")):
-            raise
-        fail("another process has ended, and this one cannot go on alone")  # the other one says why
+        fail("the device is out of memory: set a smaller device_batch_size (gradients are then added up over several "
+             "passes, which changes the result by rounding and other random numbers only; in segment.py BatchNorm's "
+             "statistics change too), or model.checkpoint_activations=true")
+    except (RuntimeError, OSError, MemoryError) as error:
+        if sentence := about_machine(error):
+            fail(sentence)
+        raise
     except Interrupted as stop:
         fail(str(stop), status=130)
     except KeyboardInterrupt:
@@ -66,20 +93,33 @@ def launch(main: Callable[[], None], *expected: type[Exception]) -> None:
             dist.destroy_process_group()
 
 
+def about_machine(error: Exception) -> str:
+    """The sentence for an error that comes from the machine and not from the code, or ""."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        return (f"cannot read or write '{error.filename or 'a file'}' ({error.strerror}): give it the right "
+                f"permissions, free some space or choose another output_dir; the same command goes on from the last "
+                f"checkpoint")
+    said = f"{type(error).__name__}: {error}"
+    if world_size() > 1 and ("closed by peer" in said or "reset by peer" in said):
+        return "another process has ended, and this one cannot go on alone"  # the other one says why
+    return next((sentence for words, sentence in MACHINE if any(word in said for word in words)), "")
+
+
 def leave_with_traceback(*error: Any) -> typing.NoReturn:
     """An error that nobody foresaw, such as one in code that you have just changed: show where it is, and leave."""
     sys.__excepthook__(*error)
     sys.stdout.flush()
-    os._exit(1)  # Python itself would tell loader workers to end by SIGTERM, which they ignore, and wait for ever
+    os._exit(1)  # Python itself would tell loader workers to end by SIGTERM, which they ignore, and wait forever
 
 
 def fail(sentence: str, status: int = 1) -> typing.NoReturn:
-    """Say it once and leave. All ranks mostly fail alike, so the others wait, and torchrun ends them with the first.
+    """Say it once and leave. Ranks usually fail alike, so the others wait, and torchrun ends them with the first.
 
     A rank that fails because another one has gone waits too, whatever its number. Where torchrun's SIGTERM was quicker
     than the failure, the rank that failed first has spoken already, and this one ends in silence.
     """
-    waits = int(os.environ.get("RANK", 0)) > 0 or sentence.startswith("another process")
+    several = "WORLD_SIZE" in os.environ  # a RANK alone is a mistake, and nobody else will speak
+    waits = (several and os.environ.get("RANK", "0") != "0") or sentence.startswith("another process")
     if waits:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)

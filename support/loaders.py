@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from support import processes
 from support.errors import UserError
 from support.launch import STOP_SIGNALS
-from support.processes import cores
+from support.processes import share_of_cores
 
 
 class TrainLoader:
@@ -115,7 +115,7 @@ def loader_options(workers: int) -> dict:
     """Options that all loaders share."""
     # A DataLoader draws a seed for its workers. Without a generator of its own it would take it from the default one,
     # and so change the random numbers of the training loop.
-    return dict(num_workers=min(workers, cores()), worker_init_fn=start_worker,
+    return dict(num_workers=min(workers, share_of_cores()), worker_init_fn=start_worker,
                 pin_memory=torch.cuda.is_available(), generator=torch.Generator(), collate_fn=collate)
 
 

@@ -1,3 +1,8 @@
+"""Precision: which numbers a device computes with, and what keeps half precision from losing small gradients.
+
+No reader of the method needs this file: the loops say `run.autocast()`, and in fp32 that does nothing.
+"""
+
 import torch
 
 
@@ -18,9 +23,9 @@ class Precision:
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
         if device.type == "cpu":
-            # In bf16, the backward pass of PyTorch's fused attention for CPUs is slow: 10 ms for 16 images of 65 tokens,
-            # where that of the plain matrix products, themselves in bf16, takes 2. (The switches are named after CUDA
-            # and serve both.)
+            # In bf16, the backward pass of PyTorch's fused attention for CPUs is slow: 10 ms for 16 images of 65
+            # tokens, where that of plain matrix products in bf16 takes 2. (The switches are named after CUDA and serve
+            # both.)
             torch.backends.cuda.enable_flash_sdp(name != "bf16")
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(name == "bf16")
 

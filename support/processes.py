@@ -1,3 +1,8 @@
+"""Several processes as one: who this process is, which device and threads it has, and what all of them exchange.
+
+No reader of the method needs this file: with one process, nothing in it does anything to a batch.
+"""
+
 import math
 import os
 import sys
@@ -31,9 +36,51 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def setup_distributed(device: str = "auto") -> torch.device:
+def local_world_size() -> int:
+    """How many processes of this run share this machine."""
+    return from_environment("LOCAL_WORLD_SIZE", 1)
+
+
+def share_of_cores() -> int:
+    """The cores for each of them, at least one."""
+    return max(1, cores() // max(1, local_world_size()))
+
+
+def from_environment(name: str, default: int | None = None) -> int:
+    """A whole number that a launcher such as torchrun leaves for its processes."""
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not (text.isascii() and text.isdigit()):
+        raise UserError(f"the environment has {name}={text!r}, which is no whole number: start several processes with "
+                        f"torchrun, or one after `unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE`")
+    return int(text)
+
+
+def is_announced() -> bool:
+    """Whether a launcher has started this process as one of several. UserError if it says so by half."""
+    if "RANK" not in os.environ:
+        return False
+    lacking = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if lacking:
+        raise UserError(f"the environment has RANK, but not {', '.join(lacking)}: start several processes with "
+                        f"torchrun, or one after `unset RANK`")
+    from_environment("MASTER_PORT")
+    if from_environment("RANK") >= from_environment("WORLD_SIZE"):
+        raise UserError(f"the environment has RANK={os.environ['RANK']} and WORLD_SIZE={os.environ['WORLD_SIZE']}, and "
+                        f"ranks count from 0: start several processes with torchrun, or one after `unset RANK`")
+    return True
+
+
+def setup_threads(threads: int = 0) -> None:
+    """Set the CPU threads of this process. 0: OMP_NUM_THREADS if the user set it, else an equal share of the cores."""
+    # Where torchrun starts several processes, it sets OMP_NUM_THREADS to 1 if it is not set: then nobody has chosen.
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if threads or not chosen or (chosen == "1" and local_world_size() > 1):
+        torch.set_num_threads(min(threads or share_of_cores(), cores()))
+
+
+def setup_distributed(device: str = "auto", threads: int = 0) -> torch.device:
     """Join the process group that torchrun announces, if any, and take this rank's device (NCCL on CUDA, else gloo)."""
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    announced, local_rank, local_world = is_announced(), from_environment("LOCAL_RANK", 0), local_world_size()
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda was asked for, but there is no CUDA GPU here: set device=cpu or device=auto")
     use_cuda = torch.cuda.is_available() and device != "cpu"
@@ -43,9 +90,9 @@ def setup_distributed(device: str = "auto") -> torch.device:
     if use_cuda:
         torch.cuda.set_device(local_rank)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    else:
-        torch.set_num_threads(max(1, cores() // local_world))  # torchrun gives each process one thread: share all out
-    if "RANK" in os.environ and not dist.is_initialized():
+    if threads or not use_cuda:
+        setup_threads(threads)
+    if announced and not dist.is_initialized():
         dist.init_process_group("nccl" if use_cuda else "gloo")
     return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
 

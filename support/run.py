@@ -63,7 +63,7 @@ class Run:
         self.stage, self.config, self.train = stage, config, train
         # finetune's modes, and runs from scratch, have stages of their own.
         self.section = next((section for section in SECTIONS if stage.startswith(section)), "finetune")
-        self.device = setup_distributed(config.device)
+        self.device = setup_distributed(config.device, config.threads)
         self.precision = Precision(config.precision, self.device)
         self.autocast, self.scaler = self.precision.autocast, self.precision.scaler
         self.compiles = config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda")

@@ -173,7 +173,7 @@ def output_folder(config, name: str) -> Path:
 
 def predict(config) -> None:
     """Print the five most likely classes of each image with their probabilities, and write predict/predictions.txt."""
-    cfg, device = config.finetune, setup_distributed(config.device)
+    cfg, device = config.finetune, setup_distributed(config.device, config.threads)
     images = open_files(cfg.images)
     model, classes = open_classifier(config)
     model.to(device)
@@ -198,7 +198,7 @@ def features(config) -> None:
               of them is what its head sees)
     block_i   float32 [images, T, D], the hidden state after block i, for each i in `finetune.blocks`
     """
-    cfg, device = config.finetune, setup_distributed(config.device)
+    cfg, device = config.finetune, setup_distributed(config.device, config.threads)
     images, blocks = open_files(cfg.images), tuple(cfg.blocks)
     model, _ = open_trained(config)
     model.to(device)
@@ -224,7 +224,7 @@ def features(config) -> None:
 def encode(config, load_tokenizer: Callable) -> None:
     """Print the ids of each image's patches as a grid, or write {"files": names, "codes": int64 [images, grid, grid]}
     to `tokenizer.output`."""
-    cfg, device = config.tokenizer, setup_distributed(config.device)
+    cfg, device = config.tokenizer, setup_distributed(config.device, config.threads)
     images = open_files(cfg.images)
     model, _ = load_tokenizer(config, cfg.weights, "tokenizer.weights")
     model.to(device)
@@ -245,7 +245,7 @@ def encode(config, load_tokenizer: Callable) -> None:
 def export(config) -> None:
     """Write the trained weights without optimizer: export/published.pth in the published form, timm.pth in timm's."""
     _, state, path = read_trained(config)
-    setup_distributed(config.device)
+    setup_distributed(config.device, config.threads)
     folder = output_folder(config, "export")
     if rank() == 0:
         save_atomically({"model": state}, folder / "published.pth")

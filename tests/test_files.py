@@ -91,6 +91,9 @@ def test_fetch_and_stage_checkpoint_say_what_is_missing(hub, monkeypatch):
                                       "data.root=a b", "pretrain.epochs=3"])
     with pytest.raises(UserError, match=f"c.yaml output_dir={hub}/run tokenizer.epochs=2 'data.root=a b'`, or"):
         stage_checkpoint(config, "tokenizer", "", "p.t")
+    config.file = "my configs/c.yaml"
+    with pytest.raises(UserError, match="torchrun tokenizer.py 'my configs/c.yaml' output_dir="):
+        stage_checkpoint(config, "tokenizer", "", "p.t")
     (hub / "run" / "tokenizer").mkdir(parents=True)
     (hub / "run" / "tokenizer" / "last.pt").touch()
     assert stage_checkpoint(config, "tokenizer", "", "p.t") == hub / "run" / "tokenizer" / "last.pt"

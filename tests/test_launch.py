@@ -13,6 +13,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from support.errors import Interrupted, UserError  # noqa: E402
 from support.launch import launch  # noqa: E402
+from support.loaders import loader_options  # noqa: E402
 from support.processes import say, setup_distributed  # noqa: E402
 
 
@@ -21,6 +22,17 @@ from support.processes import say, setup_distributed  # noqa: E402
     (OSError(errno.ENOSPC, "No space left on device", "m.jsonl"), 1, "cannot read or write 'm.jsonl' (No space left on device)"),
     (torch.OutOfMemoryError("CUDA"), 1, "device_batch_size"), (KeyboardInterrupt(), 130, "stopped: interrupted"),
     (Interrupted("saved at step 3"), 130, "stopped: saved at step 3"),
+    (RuntimeError("backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found in None"), 1, "compile=false"),
+    (RuntimeError("Failed to find C compiler. Please specify via CC environment variable."), 1, "compile=false"),
+    (RuntimeError("Caught RuntimeError in worker 0\nunable to allocate shared memory(shm) for file </torch_1>"), 1, "data.workers=0"),
+    (RuntimeError("unexpected bus error (insufficient shared memory (shm))"), 1, "--shm-size"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+                  "shared memory."), 1, "--shm-size"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 1, "fewer data.workers"),
+    (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), 1, "fewer data.workers"),
+    (OSError(errno.EMFILE, "Too many open files"), 1, "ulimit -n"), (RuntimeError("received 0 items of ancdata"), 1, "ulimit -n"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 1, "the computer is out of memory"),
+    (MemoryError(), 1, "the computer is out of memory"),
 ])
 def test_launch_says_one_sentence(error, status, words, monkeypatch, capsys):
     def leave(status):
@@ -60,10 +72,80 @@ def test_what_cannot_be_printed_ends_nothing(monkeypatch, number):
     assert done == [0, 1]
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EIO, "I/O error")])
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EIO, "I/O error"), RuntimeError("shape mismatch"),
+                                   RuntimeError("connection reset by peer")])  # with one process there is no peer
 def test_launch_lets_bugs_through(error):
     with pytest.raises(type(error)):
         launch(lambda: (_ for _ in ()).throw(error))
+
+
+@pytest.mark.parametrize("encoding, shown", [("utf-8", "caf\\udce9.jpg é"), ("ascii", "caf\\udce9.jpg \\xe9"), ("latin-1", "caf\\udce9.jpg é")])
+def test_names_that_a_terminal_cannot_show_are_escaped(monkeypatch, encoding, shown):
+    """A file name in Latin-1 on a terminal that is strict about UTF-8."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, errors="strict"))
+    monkeypatch.setattr(sys, "stderr", sys.stdout)
+    launch(lambda: say("caf\udce9.jpg é"))
+    assert raw.getvalue().decode(encoding) == shown + "\n"
+
+
+# --- what launchers leave in the environment ---------------------------------------------------------------------
+
+WHOLE = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="1")
+
+
+@pytest.mark.parametrize("environment, words", [
+    ({"RANK": "0"}, ["RANK", "WORLD_SIZE, MASTER_ADDR, MASTER_PORT", "torchrun"]),
+    ({"RANK": "1", "WORLD_SIZE": "2"}, ["MASTER_ADDR, MASTER_PORT", "torchrun"]), (WHOLE | {"MASTER_ADDR": ""}, ["MASTER_ADDR"]),
+    (WHOLE | {"WORLD_SIZE": "two"}, ["WORLD_SIZE='two'"]), (WHOLE | {"RANK": "-1"}, ["RANK='-1'"]), (WHOLE | {"RANK": ""}, ["RANK=''"]),
+    (WHOLE | {"RANK": "1"}, ["RANK=1 and WORLD_SIZE=1"]), (WHOLE | {"LOCAL_RANK": "a"}, ["LOCAL_RANK='a'"]),
+    (WHOLE | {"LOCAL_WORLD_SIZE": "1.5"}, ["LOCAL_WORLD_SIZE='1.5'"]), (WHOLE | {"MASTER_PORT": "x"}, ["MASTER_PORT='x'"]),
+])
+def test_an_environment_that_announces_processes_by_half(monkeypatch, environment, words):
+    for name in WHOLE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as error:
+        setup_distributed("cpu")
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("rank", ["1", "abc"])
+def test_a_lone_rank_speaks_at_once(monkeypatch, capsys, rank):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("nobody else will speak"))
+    monkeypatch.setattr(os, "_exit", lambda status: (_ for _ in ()).throw(SystemExit(status)))
+    with pytest.raises(SystemExit):
+        launch(lambda: setup_distributed("cpu"))
+    assert "unset RANK" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variable, processes, asked, threads", [
+    (None, 1, 0, 8), (None, 2, 0, 4), ("1", 1, 0, None), ("3", 1, 0, None), ("1", 2, 0, 4), ("3", 2, 0, None), (None, 3, 0, 2),
+    (None, 99, 0, 1), ("1", 1, 5, 5), ("3", 2, 5, 5), (None, 1, 5, 5), (None, 1, 10**30, 8),
+])
+def test_threads(monkeypatch, variable, processes, asked, threads):
+    """8 cores; OMP_NUM_THREADS=1 beside several processes is torchrun's own. None: torch's number, which follows it."""
+    chosen = []
+    monkeypatch.setattr("support.processes.cores", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.delenv("RANK", raising=False)
+    if variable is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    setup_distributed("cpu", asked)
+    assert chosen == ([] if threads is None else [threads])
+
+
+@pytest.mark.parametrize("processes, asked, workers", [(1, 0, 0), (1, 3, 3), (1, 99, 8), (2, 8, 4), (3, 8, 2), (16, 8, 1), (16, 0, 0)])
+def test_loader_workers_share_the_cores_of_a_machine(monkeypatch, processes, asked, workers):
+    monkeypatch.setattr("support.processes.cores", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert loader_options(asked)["num_workers"] == workers
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -83,7 +83,7 @@ def test_more_ranks_than_images():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_workers_leave_signals_to_the_parent(number, monkeypatch):
-    monkeypatch.setattr(loaders, "cores", lambda: 2)  # there are at most as many workers
+    monkeypatch.setattr(loaders, "share_of_cores", lambda: 2)  # there are at most as many workers
     loader = TrainLoader(data.TrainView(shapes(count=40), 0, 16), 2, seed=1, workers=2)
     epoch = loader.epoch(0)
     batches = [next(epoch), next(epoch)]  # one of each worker: so both have started, and ignore the signals

@@ -1,5 +1,6 @@
 """support/optimizers.py: schedules, and the groups that an optimizer takes."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from beitv2 import parameter_groups  # noqa: E402
-from support.optimizers import cosine_schedule, make_optimizer, set_lr  # noqa: E402
+from support.optimizers import OPTIMIZERS, cosine_schedule, make_optimizer  # noqa: E402
 from support.options import TrainConfig  # noqa: E402
 
 
@@ -32,8 +33,18 @@ def test_frozen_parameters_have_no_group_and_nested_ones_keep_their_kind():
     assert decays == {"encoder.weight": 0.05, "encoder.bias": 0, "encoder.cls_token": 0}
 
 
-def test_set_lr_keeps_the_scales():
-    groups = [dict(params=[nn.Parameter(torch.ones(1))], lr_scale=scale) for scale in (1.0, 0.25)]
-    optimizer = make_optimizer(groups, TrainConfig())
-    set_lr(optimizer, 0.4)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.4, 0.1]
+def test_the_named_optimizer_is_made_of_the_parameter_groups():
+    model = nn.Linear(2, 2)
+    optimizer = make_optimizer(model, TrainConfig(lr=0.3, betas=(0.5, 0.6), weight_decay=0.7))
+    assert type(optimizer) is torch.optim.AdamW
+    assert [(g["lr"], g["betas"], g["fused"], g["weight_decay"], g["names"]) for g in optimizer.param_groups] == [
+        (0.3, (0.5, 0.6), True, 0.7, ["weight"]), (0.3, (0.5, 0.6), True, 0.0, ["bias"])]
+
+
+def test_an_optimizer_is_one_entry_of_the_table(monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "sgd", lambda groups, cfg: torch.optim.SGD(groups, lr=cfg.lr))
+    assert type(make_optimizer(nn.Linear(2, 2), TrainConfig(optimizer="sgd"))) is torch.optim.SGD
+    program = ("import support.optimizers as o; o.OPTIMIZERS['sgd'] = None; from support.options import TrainConfig, convert; "
+               "import typing; kind = typing.get_type_hints(TrainConfig)['optimizer']; print(convert('sgd', kind), convert('adamw', kind))")
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.stdout.split() == ["sgd", "adamw"], done.stderr

@@ -733,7 +733,7 @@ def test_a_typo_in_a_key_of_another_script(home, script):
     ("seed=-1", "at least 0"), ("seed=18446744073709551616", "at most 9223372036854775807"), ("data.workers=-1", "at least 0"), ("model.patch_size=0", "at least 1"),
     ("pretrain.drop_path=1.5", "at most 1"), ("pretrain.betas=[0.9,2]", "at most 0.999999"), ("pretrain.betas=[1,1]", "at most 0.999999"), ("pretrain.num_masked=0", "at least 1"),
     ("tokenizer.codebook_size=1", "at least 2"), ("finetune.lr=high", "number"),
-    ("data.root=3", "text"), ("data.dataset=shape", "shapes"), ("model.size=huge", "large"), ("seed=a", "whole number")])
+    ("finetune.probe_lrs=3", "list of one or more"), ("data.dataset=shape", "shapes"), ("model.size=huge", "large"), ("seed=a", "whole number")])
 def test_a_value_of_the_wrong_type(home, change, must_be):
     key, _, value = change.partition("=")
     text = refusal("pretrain", home, "typo", change)

@@ -177,7 +177,7 @@ def test_nearest_images():
 @pytest.mark.parametrize("teacher", ["hog", "pixels"])
 def test_a_teacher_without_attention_is_left_out(teacher):
     wanted = config()
-    wanted.device, wanted.tokenizer = "cpu", vqkd.TokenizerConfig(teacher=teacher)
+    wanted.device, wanted.threads, wanted.tokenizer = "cpu", 0, vqkd.TokenizerConfig(teacher=teacher)
     wanted.model = types.SimpleNamespace(patch_size=4)
     with pytest.raises(UserError, match=f"the teacher is {teacher}, which has no attention"):
         visualize.Models(wanted, types.SimpleNamespace(images=torch.zeros(1))).teacher
