@@ -579,7 +579,7 @@ def train(config) -> None:
             labels = batch["labels"]  # uint8 [B, C, C]
             with run.autocast():
                 logits, auxiliary_logits = parallel(data.normalize(data.to_unit(batch["image"])))  # [B, classes, C, C]
-            # The auxiliary head sees an early part of the network only, and gives it a gradient by a short way.
+            # The auxiliary head looks at the third of the four layers: a short way for the gradient to the blocks below.
             auxiliary_loss = segmentation_loss(auxiliary_logits, labels)
             loss = segmentation_loss(logits, labels) + cfg.auxiliary_weight * auxiliary_loss
             run.backward(loss)
