@@ -563,7 +563,7 @@ def opened(home: Path) -> segment.Segmenter:
 @torch.no_grad()
 def test_predict_writes_masks_and_overlays_of_images_without_annotations(home, tmp_path):
     """Numbered as the annotations are, at each image's own size; two images of one name have two masks; a file that
-    is no image is named, and the others get their masks. The model is that of the checkpoint, whatever the config says."""
+    is no image is named, and the others get their masks. The model is the checkpoint's, whatever the config says."""
     photos = tmp_path / "photos"
     for name, size in (("a/x.png", (48, 40)), ("b/x.png", (70, 33))):
         (photos / name).parent.mkdir(parents=True)
@@ -572,7 +572,8 @@ def test_predict_writes_masks_and_overlays_of_images_without_annotations(home, t
     (photos / "a/._x.png").write_bytes(b"x")
     given = "segment.mode=predict", f"segment.images={photos}"
     start(home, *given, "model.num_heads=4", "model.depth=2", "segment.classes=[a,b,c]",
-          "segment.reduce_zero_label=false", f"segment.checkpoint={home}/out/segment_scratch/best.pt", f"output_dir={tmp_path}/out")
+          "segment.reduce_zero_label=false",
+          f"segment.checkpoint={home}/out/segment_scratch/best.pt", f"output_dir={tmp_path}/out")
     model, folder = opened(home), tmp_path / "out/predict_masks"
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png")) == \
         ["masks/a/x.png", "masks/b/x.png", "overlays/a/x.png", "overlays/b/x.png"]
@@ -590,7 +591,7 @@ def test_predict_writes_masks_and_overlays_of_images_without_annotations(home, t
     assert seen == {1, 2}, "else this proves little"
 
     (photos / "b/broken.jpg").write_bytes(b"no image")
-    with pytest.raises(UserError, match="b/broken.jpg' cannot be read .*; the masks of the others are in .*/new/predict"):
+    with pytest.raises(UserError, match="b/broken.jpg' cannot be read .*; the masks of the others are in .*/new/"):
         start(home, *given, f"segment.checkpoint={home}/out/segment_scratch/best.pt", f"output_dir={tmp_path}/new")
     assert len(list((tmp_path / "new/predict_masks/masks").rglob("*.png"))) == 2
 
