@@ -195,7 +195,7 @@ def read_header(path: str) -> tuple[tuple[int, int], int]:
 
 
 class Surveyed(Dataset):
-    """view[index]: int64 [257], how many pixels of an annotation have each label, and last the image's EXIF tag."""
+    """view[index]: `counts`, int64 [256], how many pixels of an annotation have each label; the image's EXIF `tag`."""
 
     def __init__(self, dataset: AnnotatedFolder):
         self.dataset = dataset
@@ -203,14 +203,14 @@ class Surveyed(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> dict:
         labels, path, tag = torch.from_numpy(self.dataset.segmentation(index)), self.dataset.name(index), 1
         try:
             size, tag = read_header(path)
         except Exception:  # what to do with an image that cannot be read is for those to say who need its pixels
             size = labels.shape
         require_same_size(path, size, labels.shape)
-        return torch.cat([labels.flatten().bincount(minlength=256), torch.tensor([tag])])
+        return {"counts": labels.flatten().bincount(minlength=256), "tag": tag}
 
 
 def survey(run: Run, dataset: "AnnotatedFolder | Shapes", kind: Literal["training", "validation"]) -> None:
@@ -224,8 +224,9 @@ def survey(run: Run, dataset: "AnnotatedFolder | Shapes", kind: Literal["trainin
     cfg, number = run.config.segment, min(2000, len(dataset))
     chosen = torch.linspace(0, len(dataset) - 1, number).long().tolist()
     mine = list(ValLoader(Surveyed(dataset), 32, workers=run.config.data.workers, indices=chosen))
-    rows = gather_in_order(torch.cat(mine).to(run.device), number).cpu()
-    counts, tags = rows[:, :-1].sum(dim=0), rows[:, -1]
+    counts, tags = (gather_in_order(torch.cat([batch[name] for batch in mine]).to(run.device), number).cpu()
+                    for name in ("counts", "tag"))
+    counts = counts.sum(dim=0)
 
     occurring = counts[:len(cfg.classes)] > 0
     ignored = f"{100 * counts[IGNORE] / counts.sum():.3g} % of the pixels are ignored ({cfg.ignore_index}"
@@ -579,7 +580,7 @@ def train(config) -> None:
             labels = batch["labels"]  # uint8 [B, C, C]
             with run.autocast():
                 logits, auxiliary_logits = parallel(data.normalize(data.to_unit(batch["image"])))  # [B, classes, C, C]
-            # The auxiliary head sees an early part of the network only, and gives it a gradient by a short way.
+            # The auxiliary head looks at the third of the four layers: a short way for gradients to blocks below.
             auxiliary_loss = segmentation_loss(auxiliary_logits, labels)
             loss = segmentation_loss(logits, labels) + cfg.auxiliary_weight * auxiliary_loss
             run.backward(loss)
@@ -657,14 +658,14 @@ class PhotoView(Dataset):
     read, and then there is no image."""
 
     def __init__(self, images: Images, cfg: SegmentConfig):
-        self.images, self.cfg = images, cfg
+        self.dataset, self.cfg = images, cfg
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict:
         try:
-            image = TF.to_image(data.load_strictly(self.images.load, self.images, index)).as_subclass(Tensor)
+            image = data.load_strictly(self.dataset.load, self.dataset, index)
         except UserError as error:
             return {"index": index, "error": str(error)}
         size = list(image.shape[1:])

@@ -93,7 +93,7 @@ class OrBlack(Dataset):
     """
 
     def __init__(self, images: Images, image_size: int):
-        self.view, self.size = ValView(images, image_size), image_size
+        self.dataset, self.view, self.size = images, ValView(images, image_size), image_size
 
     def __len__(self) -> int:
         return len(self.view)

@@ -65,8 +65,8 @@ def configured(tmp_path: Path, photos: Path, *changes: str, script=finetune):
                                          f"{section}.images={photos}", *changes])
 
 
-def save_classifier(tmp_path: Path, photos: Path, num_heads=4, pooling="mean", file="best.pt", ours=True) -> beitv2.Classifier:
-    """A classifier with random weights, and the checkpoint that a run of ours, or another program, has written of it."""
+def save_classifier(tmp_path: Path, photos: Path, num_heads=4, pooling="mean", file="best.pt", ours=True):
+    """A classifier with random weights, and the checkpoint that a run of ours, or another program, wrote of it."""
     torch.manual_seed(num_heads)
     model = beitv2.Classifier(3, pooling, init_scale=50.0, num_heads=num_heads, **OPTIONS).eval()
     for table in (block.attn.relative_position_bias_table for block in model.blocks):
@@ -114,7 +114,8 @@ def test_a_checkpoint_says_what_its_model_is(tmp_path, photos, pooling):
 @pytest.mark.parametrize("pooling", beitv2.POOLINGS)
 def test_published_weights_are_described_by_the_configuration(tmp_path, photos, pooling):
     model = save_classifier(tmp_path, photos, num_heads=2, pooling=pooling, file="published.pth", ours=False)
-    config = configured(tmp_path, photos, "model.num_heads=2", f"finetune.weights={tmp_path}/out/finetune/published.pth")
+    weights = f"finetune.weights={tmp_path}/out/finetune/published.pth"
+    config = configured(tmp_path, photos, "model.num_heads=2", weights)
     opened, classes = use.open_trained(config)
     with torch.no_grad():
         assert torch.equal(opened(inputs(photos)), model(inputs(photos))) and classes is None
@@ -137,8 +138,8 @@ def test_names_that_are_not_as_many_as_the_classes(tmp_path, photos):
 
 
 def test_predictions_of_all_images_but_those_that_cannot_be_read(tmp_path, photos, monkeypatch):
-    """The others have theirs, in order, and the sentence at the end says what is missing. Names of any bytes are printed,
-    also on a terminal that takes nothing but UTF-8."""
+    """The others have theirs, in order, and the sentence at the end says what is missing. Names of any bytes are
+    printed, also on a terminal that takes nothing but UTF-8."""
     model = save_classifier(tmp_path, photos)
     want = expected(model, inputs(photos))
     assert len(set(want)) == 5
@@ -150,8 +151,8 @@ def test_predictions_of_all_images_but_those_that_cannot_be_read(tmp_path, photo
 
     for name in ("b.jpg", "more/e.png"):
         (photos / name).write_bytes((photos / name).read_bytes()[:90])
-    with pytest.raises(UserError, match=r"b.jpg' cannot be read .* \(and 1 more of 5 cannot be read\); the classes of the "
-                                        r"others are in '.*predictions.txt'"):
+    with pytest.raises(UserError, match=r"b.jpg' cannot be read .* \(and 1 more of 5 cannot be read\); the "
+                                        r"classes of the others are in '.*predictions.txt'"):
         use.predict(configured(tmp_path, photos))
     assert lines(tmp_path) == [f"{photos}/{names[i]}: {want[i]}" for i in (0, 2, 3)]
 
@@ -171,7 +172,8 @@ def test_features_of_what_can_be_read(tmp_path, photos, monkeypatch):
     model = save_classifier(tmp_path, photos)
     images = inputs(photos)
     (photos / "b.jpg").write_bytes(b"no image")
-    monkeypatch.setitem(beitv2.POOLINGS, "both", lambda tokens: torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1))
+    both = lambda tokens: torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)  # noqa: E731
+    monkeypatch.setitem(beitv2.POOLINGS, "both", both)
     with pytest.raises(UserError, match="b.jpg' cannot be read .*; the features of the others are in"):
         use.features(configured(tmp_path, photos, "finetune.blocks=[2]"))
     saved = torch.load(tmp_path / "out/features/features.pt", weights_only=True)
@@ -181,7 +183,7 @@ def test_features_of_what_can_be_read(tmp_path, photos, monkeypatch):
     tokens = model.features(kept)
     assert torch.allclose(saved["block_2"], tokens, atol=1e-5) and saved["block_2"].shape == (4, 17, 16)
     assert torch.allclose(saved["cls"], model.fc_norm(tokens[:, 0]), atol=1e-5)
-    assert torch.allclose(saved["both"], torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1), atol=1e-5)
+    assert torch.allclose(saved["both"], both(tokens), atol=1e-5)
 
 
 @torch.no_grad()
@@ -213,8 +215,9 @@ def test_two_processes_share_the_images(tmp_path, photos):
     want = lines(tmp_path)
     assert len(want) == 4
     (tmp_path / "out/predict/predictions.txt").unlink()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", CODE / "finetune.py",
-               tmp_path / "small.yaml", f"output_dir={tmp_path}/out", "finetune.mode=predict", f"finetune.images={photos}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               CODE / "finetune.py", tmp_path / "small.yaml", f"output_dir={tmp_path}/out", "finetune.mode=predict",
+               f"finetune.images={photos}"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, cwd=CODE)
     assert done.returncode == 1 and str(alone.value) in done.stderr
     assert lines(tmp_path) == want
