@@ -9,6 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import beitv2  # noqa: E402
 import data  # noqa: E402
+from support.errors import UserError  # noqa: E402
 
 pytestmark = pytest.mark.assignment(2)
 
@@ -43,7 +44,7 @@ def test_more_masked_patches_than_there_are():
         data.block_mask(4, 17, 2)
     except Exception as raised:
         error = raised
-    assert isinstance(error, data.UserError), \
+    assert isinstance(error, UserError), \
         f"17 masked patches of 16 should raise UserError (see check_num_masked), but raised " \
         f"{type(error).__name__ if error else 'nothing'}"
 
