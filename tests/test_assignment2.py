@@ -69,7 +69,7 @@ def test_masked_patches_lie_in_blocks():
 
 
 def test_blocks_are_as_often_tall_as_wide():
-    """With num_masked = min_block = 16 a mask is one block of about 16 patches, and seldom a patch or two beside it."""
+    """With num_masked = min_block = 16 a mask is one block of about 16 patches, sometimes with one or two beside it."""
     sizes = [height_and_width(mask) for mask in masks(400, 14, 16, 16)]
     whole = [(height, width) for height, width in sizes if 12 <= height * width <= 18]
     assert len(whole) > 80, \
@@ -105,8 +105,8 @@ def test_masks_grow_from_blocks_that_fill_what_is_left():
 
 
 def test_the_search_goes_on_after_a_refusal():
-    """Ten refusals in a row end it, and not the first one, nor that fewer than min_block are left: blocks then give way
-    to single patches too early, and fewer masked patches lie deep in a block."""
+    """Ten refusals in a row end it. If the first one did, or if it ended when fewer than min_block are left, single patches
+    would take over too early, and fewer masked patches would lie deep in a block."""
     mask = masks(400, 14, 75, 16)
     visible = torch.nn.functional.pad(~mask, (1, 1, 1, 1))  # outside of the image nothing is visible
     touched = visible[:, :-2, 1:-1] | visible[:, 2:, 1:-1] | visible[:, 1:-1, :-2] | visible[:, 1:-1, 2:]
@@ -122,8 +122,8 @@ def test_no_block_spans_the_grid():
     mask = masks(500, 3, 3, 3)
     lines = (mask.all(dim=1) | mask.all(dim=2)).any(dim=1).float().mean().item()
     assert lines < 0.4, \
-        f"about 20 % of these masks should hold a whole row or column, but {lines:.0%} do: is a block that is as high or as " \
-        "wide as the grid refused?"
+        f"about 20 % of these masks should hold a whole row or column, but {lines:.0%} do: is a block that is as high or " \
+        "as wide as the grid refused?"
 
 
 # -- masked_positions ---------------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ def test_take_picks_ids_too():
         found, what = None, str(error).split("\n")[0]
     expected = [[100, 103, 106, 112], [117, 118, 125, 131]]
     assert found is not None and found.tolist() == expected and found.dtype == torch.int64, \
-        f"4 positions of ids [2, 16], which have no third dimension, should give int64 [2, 4]: {expected}, but give {what}"
+        f"4 positions of ids [2, 16], which have no third dimension, should give int64 [2, 4]: {expected}, but give " \
+        f"{what}"
 
 
 def hidden_states(model, images) -> dict[int, torch.Tensor]:
@@ -49,7 +50,8 @@ def by_name(predictions, *names: str) -> dict[str, torch.Tensor]:
     head = "with an" if "cls" in names else "without an"
     found = list(predictions) if isinstance(predictions, dict) else f"a {type(predictions).__name__}"
     assert isinstance(predictions, dict) and set(found) == set(names), \
-        f"{head} aggregation head forward should return logits by name, a dict of {' and '.join(names)}, but returns {found}"
+        f"{head} aggregation head forward should return logits by name, a dict of {' and '.join(names)}, but returns " \
+        f"{found}"
     return predictions
 
 

@@ -71,8 +71,8 @@ def verdicts(request, tmp_path_factory):
         return json.loads(answer.read_text())
 
     asked = [item.callspec for item in request.session.items if item.get_closest_marker("last")]
-    # All are written before any thread begins: two that parse Python at the same time can disturb each other (in 3.11, a
-    # SystemError about recursion depth).
+    # All are written before any thread begins: two that parse Python at the same time can disturb each other (in 3.11,
+    # a SystemError about recursion depth).
     places = {call.id: hand_in(call.params["number"], call.params["wrong"]) for call in asked}
     pool = ThreadPoolExecutor(max(1, os.cpu_count() - 1))
     yield {call.id: pool.submit(judge, call.params["number"], places[call.id]) for call in asked}
@@ -252,6 +252,16 @@ def test_experiments_need_no_other_assignments_than_their_section_names(tmp_path
             done = subprocess.run([sys.executable, script, *arguments], cwd=folder, capture_output=True, text=True,
                                   timeout=300)
             assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("number", handout.ASSIGNMENTS)
+def test_the_handout_names_each_function_and_its_file(number):
+    section = section_of(number)
+    row = re.search(rf"^\| {number} \|.*$", (CODE / "course/README.md").read_text(), re.MULTILINE)[0]
+    for file, names in handout.ASSIGNMENTS[number].functions.items():
+        assert f"`{file}`" in row and (f"`{file}`" in section or f"| `{file.removesuffix('.py')}." in section)
+        for name in names:
+            assert re.search(rf"^\| `([a-z0-9]+\.)?{re.escape(name)}\(", section, re.MULTILINE), name
 
 
 @pytest.mark.parametrize("number", handout.ASSIGNMENTS)
