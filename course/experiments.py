@@ -21,7 +21,6 @@ import data  # noqa: E402
 import pretrain  # noqa: E402
 import tokenizer as vqkd  # noqa: E402
 from support.datasets import open_dataset  # noqa: E402
-from support.files import stage_checkpoint  # noqa: E402
 from support.options import load_config  # noqa: E402
 
 SEEDS = (0, 1, 2)
@@ -117,9 +116,8 @@ def swap(run: str) -> None:
     config = load_config(pretrain.SECTIONS, ["configs/demo.yaml", f"output_dir={run}"])
     for name in ("num_masked", "min_block", "early_layers", "head_layers", "shared_lm_head"):
         setattr(config.pretrain, name, saved[name])
-    path = stage_checkpoint(config, "tokenizer", saved["tokenizer_weights"], "pretrain.tokenizer_weights")
-    tokenizer = vqkd.load_tokenizer(config, path)
-    model = pretrain.build_model(config).eval()
+    tokenizer, _ = vqkd.load_tokenizer(config, saved["tokenizer_weights"], "pretrain.tokenizer_weights")
+    model = pretrain.build_model(config, tokenizer.num_ids).eval()
     beitv2.load_pretrained(model, checkpoint)
     size = config.data.image_size
     view = data.ValView(open_dataset(config.data, "val"), size)
@@ -132,12 +130,12 @@ def swap(run: str) -> None:
         cfg = config.pretrain
         mask = torch.stack([data.block_mask(model.grid, cfg.num_masked, cfg.min_block, generator) for _ in images])
         masked = beitv2.masked_positions(mask, cfg.num_masked)
-        codes = tokenizer.token_ids(images).gather(1, masked)
+        ids = beitv2.take(tokenizer.token_ids(images), masked)
         for name, change in changes.items():
             model.aggregate = lambda last, *rest, **named: aggregate(
                 torch.cat([change(last[:, :1]), last[:, 1:]], dim=1), *rest, **named)
-            loss, accuracy = pretrain.cross_entropy(model(data.normalize(images), masked)[1], codes)
-            print(f"seed {seed}, the head with {name} [CLS]: loss {loss:.3f}, accuracy {accuracy:.1%}")
+            loss, hits = beitv2.score(model(data.normalize(images), masked)["cls"], ids)
+            print(f"seed {seed}, the head with {name} [CLS]: loss {loss:.3f}, accuracy {hits.float().mean():.1%}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ ASSIGNMENTS = {
         "tokenizer.py": ["nearest_code", "Quantizer.forward", "Quantizer.count", "Quantizer.update",
                          "Quantizer.init_from", "perplexity"]}),
     4: Assignment("VQ-KD", {
-        "tokenizer.py": ["HOG.forward", "VQKD.encode", "VQKD.decode", "VQKD.token_ids", "VQKD.forward"]}),
+        "support/teachers.py": ["HOG.forward"],
+        "tokenizer.py": ["VQKD.encode", "VQKD.decode", "VQKD.token_ids", "VQKD.forward"]}),
     5: Assignment("Masked image modeling", {
         "beitv2.py": ["take", "score", "MaskedImageModel.forward"]}),
     6: Assignment("Patch aggregation", {
@@ -46,8 +47,9 @@ ASSIGNMENTS = {
         "finetune.py": ["knn_accuracy"]}),
 }
 
+PROGRAMS = ["*.py", "support/*.py"]
 # What a student receives. Not the other tests, which give solutions away, and nothing else of this folder.
-COPIED = ["*.py", "README.md", "LICENSE", "Makefile", "requirements.txt", ".gitignore", "configs/*", "docs/**/*",
+COPIED = [*PROGRAMS, "README.md", "LICENSE", "Makefile", "requirements.txt", ".gitignore", "configs/*", "docs/**/*",
           "tests/conftest.py", "tests/test_assignment*.py", "course/README.md", "course/experiments.py"]
 
 
@@ -119,14 +121,19 @@ def parse_numbers(text: str) -> list[int]:
 parse_numbers.__name__ = "assignments (such as 3, 1-4 or 1,3,6-7)"  # argparse's errors name it so
 
 
-def write_copy(output: Path, numbers: list[int]) -> None:
-    """Write the student's copy into `output`, the functions of the assignments `numbers` without their bodies."""
-    for pattern in COPIED:
+def copy_files(patterns: list[str], output: Path) -> None:
+    """Copy the project's files whose paths match one of the patterns into `output`, each to its place."""
+    for pattern in patterns:
         for path in sorted(PROJECT.glob(pattern)):
             if path.is_file():
                 target = output / path.relative_to(PROJECT)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, target)
+
+
+def write_copy(output: Path, numbers: list[int]) -> None:
+    """Write the student's copy into `output`, the functions of the assignments `numbers` without their bodies."""
+    copy_files(COPIED, output)
     for number in numbers:
         for file, names in ASSIGNMENTS[number].functions.items():
             target = output / file

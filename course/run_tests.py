@@ -15,7 +15,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from handout import ASSIGNMENTS, PROJECT, graft  # noqa: E402
+from handout import ASSIGNMENTS, PROGRAMS, PROJECT, copy_files, graft  # noqa: E402
 
 
 class Verdict:
@@ -41,11 +41,11 @@ def in_words(error: BaseException) -> str:
         return str(error).split("\nassert ")[0]  # pytest adds the values after the test's own words
     if isinstance(error, NotImplementedError):
         return f"not written yet: {error}"
-    place, trace = "", error.__traceback__
-    while trace:  # the innermost line of the student's files
+    place, trace, here = "", error.__traceback__, Path.cwd()
+    while trace:  # the innermost line of the programs
         file = Path(trace.tb_frame.f_code.co_filename)
-        if file.parent == Path.cwd():
-            place = f" ({file.name}, line {trace.tb_lineno})"
+        if file.is_relative_to(here) and not file.is_relative_to(here / "tests"):
+            place = f" ({file.relative_to(here)}, line {trace.tb_lineno})"
         trace = trace.tb_next
     return f"{type(error).__name__}: {error}{place}"
 
@@ -55,8 +55,7 @@ def assemble(number: int, submission: Path, workplace: Path) -> None:
 
     In these files too, the functions of all other assignments are the teacher's: a mistake counts once.
     """
-    for path in PROJECT.glob("*.py"):
-        shutil.copy(path, workplace)
+    copy_files(PROGRAMS, workplace)
     for file, names in ASSIGNMENTS[number].functions.items():
         theirs, ours = submission / file, (PROJECT / file).read_text()
         if not theirs.is_file():
@@ -74,7 +73,7 @@ def run(number: int, submission: Path, workplace: Path) -> dict:
     try:
         assemble(number, submission, workplace)
         for file in ASSIGNMENTS[number].functions:
-            importlib.import_module(file.removesuffix(".py"))
+            importlib.import_module(file.removesuffix(".py").replace("/", "."))
     except BaseException as error:  # also SystemExit: a file that ends the program when it is imported
         verdict.says = in_words(error)
     else:

@@ -15,7 +15,7 @@ import beitv2  # noqa: E402
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "assignment(n): a test of the course's assignment n, see course/README.md")
-    config.addinivalue_line("markers", "last: waits for what is computed beside the other tests, so it comes after them")
+    config.addinivalue_line("markers", "last: waits for what is computed beside the other tests, so it comes at the end")
 
 
 def pytest_collection_modifyitems(items):
@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_unconfigure():
-    """End the loader workers that a failed test has left. They ignore SIGTERM, and Python would wait for them for ever."""
+    """End the loader workers that a failed test has left. They ignore SIGTERM, so Python would wait without end."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own handler would take their end for an accident
     for process in multiprocessing.active_children():
         process.kill()

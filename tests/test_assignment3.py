@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tokenizer as vqkd  # noqa: E402
-from support.processes import all_reduce_sum, gather_in_order  # noqa: E402
 
 pytestmark = pytest.mark.assignment(3)
 
@@ -21,7 +20,7 @@ def quantizer(codes: int = 8, dim: int = 4, **options) -> vqkd.Quantizer:
 
 
 def nearest_of(monkeypatch, ids: torch.Tensor) -> None:
-    """Let the quantizer's forward see these nearest codes, so that a test needs nothing else."""
+    """Let the quantizer's forward find these ids of nearest codes, so that a test needs nothing else."""
     monkeypatch.setattr(vqkd, "nearest_code", lambda z, codebook, *options: ids.flatten())
 
 
@@ -38,7 +37,7 @@ def test_the_nearest_code_has_the_smallest_euclidean_distance():
     expected = (z[:, None] - codebook).square().sum(dim=2).argmin(dim=1)
     found = vqkd.nearest_code(z, codebook)
     assert found.shape == (200,) and found.dtype == torch.int64, \
-        f"the nearest codes of z [200, 4] should be int64 [200], but are {found.dtype} {list(found.shape)}"
+        f"the ids of the codes nearest to z [200, 4] should be int64 [200], but are {found.dtype} {list(found.shape)}"
     wrong = (found != expected).sum().item()
     assert wrong == 0, \
         f"{wrong} of 200 vectors should have another code: does the code's own length count in |z - w|^2, and is the " \
@@ -51,7 +50,7 @@ def test_the_nearest_codes_do_not_depend_on_the_chunks():
     whole = vqkd.nearest_code(z, codebook, 100)
     for chunk in (1, 7):
         assert torch.equal(vqkd.nearest_code(z, codebook, chunk), whole), \
-            f"chunks of {chunk} should give the same codes as one chunk, but do not"
+            f"chunks of {chunk} should give the same ids as one chunk, but do not"
 
 
 # -- Quantizer.forward --------------------------------------------------------------------------------------------
@@ -290,7 +289,7 @@ def test_revival_looks_at_the_running_count_after_this_step():
         "one that rises from .48 to .93 should not: average running_count before you look for dead codes"
 
 
-# -- Several processes: the two functions of `engine` behave as if a second one took part -------------------------
+# -- Several processes: the two functions of support/processes.py behave as if a second one took part -------------
 
 
 def test_update_adds_up_counts_and_sums_of_all_processes(monkeypatch):
@@ -323,7 +322,7 @@ def test_dead_codes_may_take_the_vectors_of_all_processes(monkeypatch):
     q.update(seed=0)
     assert shapes, "update should gather `seen` over all processes: call gather_in_order"
     assert all(len(shape) == 3 for shape in shapes), \
-        f"gather_in_order should get the images as rows, [B, N, D], but gets {shapes[0]}: flatten afterwards"
+        f"gather_in_order should get the images as rows, [B, N, C], but gets {shapes[0]}: flatten afterwards"
     distance = torch.cdist(torch.cat([z, -z]).flatten(0, 1), q.embedding.weight).min(dim=1).values.max()
     assert distance < 1e-4, \
         "eight dead codes should take the four vectors of this process and the four of another, but do not: is the " \

@@ -114,7 +114,7 @@ def test_the_encoder_sees_images_from_minus_one_to_one():
         f"the encoder should see images in [-1, 1], but sees {low:.2f} to {high:.2f}: they come in [0, 1]"
     expected = model.encode_task_layer(encoder.output)
     assert z.shape == (2, 9, 4), \
-        f"z should be [B, N, D] = [2, 9, 4], but is {list(z.shape)}: is encode_task_layer missing?"
+        f"z should be [B, N, C] = [2, 9, 4], but is {list(z.shape)}: is encode_task_layer missing?"
     assert torch.allclose(z, expected, atol=1e-5), "z should be encode_task_layer of the encoder's features, but is not"
 
 
@@ -146,11 +146,11 @@ def test_the_decoder_sees_the_codes_as_an_image():
     codes = torch.randn(2, 9, 4)
     prediction = model.decode(codes)
     assert decoder.input.shape == (2, 4, 3, 3), \
-        "the decoder should see a grid of codes [B, D, grid, grid] = [2, 4, 3, 3], but sees " \
+        "the decoder should see a grid of codes [B, C, grid, grid] = [2, 4, 3, 3], but sees " \
         f"{list(decoder.input.shape)}"
     assert torch.allclose(decoder.input[:, :, 1, 2], codes[:, 5], atol=1e-6), \
         "code 5 of a grid of 3 x 3 should stand in row 1 and column 2, but does not: is the grid filled row by row, " \
-        "and D moved to the front before it is cut?"
+        "and C moved to the front before it is cut?"
     expected = model.decode_task_layer(decoder.output)
     assert prediction.shape == (2, 9, 5) and torch.allclose(prediction, expected, atol=1e-5), \
         "the prediction should be decode_task_layer of the decoder's output, [B, N, teacher_dim] = [2, 9, 5], but " \

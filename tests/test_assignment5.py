@@ -8,7 +8,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import beitv2  # noqa: E402
-import pretrain  # noqa: E402
 
 pytestmark = pytest.mark.assignment(5)
 
@@ -26,15 +25,39 @@ def test_take_picks_the_tokens_of_each_image():
             "positions of its own"
 
 
+def test_take_picks_ids_too():
+    ids = torch.arange(100, 132).view(2, 16)
+    try:
+        found = beitv2.take(ids, MASKED)
+        what = f"{found.dtype} {list(found.shape)}: {found.tolist()}"
+    except (IndexError, RuntimeError) as error:
+        if isinstance(error, NotImplementedError):
+            raise
+        found, what = None, str(error).split("\n")[0]
+    expected = [[100, 103, 106, 112], [117, 118, 125, 131]]
+    assert found is not None and found.tolist() == expected and found.dtype == torch.int64, \
+        f"4 positions of ids [2, 16], which have no third dimension, should give int64 [2, 4]: {expected}, but give " \
+        f"{what}"
+
+
 def hidden_states(model, images) -> dict[int, torch.Tensor]:
     """What `forward_blocks` gives for masked images, after each block, from 1."""
     return model.forward_blocks(model.embed(images, MASKED, model.mask_token), None, (1, 2, 3))[1]
 
 
-def test_logits_name_the_codes_of_the_masked_patches(masked_image_model):
+def by_name(predictions, *names: str) -> dict[str, torch.Tensor]:
+    """What forward returns, if it has these names."""
+    head = "with an" if "cls" in names else "without an"
+    found = list(predictions) if isinstance(predictions, dict) else f"a {type(predictions).__name__}"
+    assert isinstance(predictions, dict) and set(found) == set(names), \
+        f"{head} aggregation head forward should return logits by name, a dict of {' and '.join(names)}, but returns " \
+        f"{found}"
+    return predictions
+
+
+def test_logits_name_the_ids_of_the_masked_patches(masked_image_model):
     model, images = masked_image_model(head_layers=0), torch.randn(2, 3, 16, 16)
-    logits, head_logits = model(images, MASKED)
-    assert head_logits is None, "without an aggregation head (head_layers=0) the second result should be None"
+    logits = by_name(model(images, MASKED), "mim")["mim"]
     assert logits.shape == (2, 4, 11), f"the logits should be [B, M, K] = [2, 4, 11], but are {list(logits.shape)}"
     tokens = hidden_states(model, images)[3]
     for image in range(2):
@@ -47,14 +70,18 @@ def test_logits_name_the_codes_of_the_masked_patches(masked_image_model):
 
 def test_what_is_masked_is_not_seen(masked_image_model):
     model, images = masked_image_model(head_layers=0), torch.randn(1, 3, 16, 16)
-    before = model(images, MASKED[:1])[0]
+
+    def logits() -> torch.Tensor:
+        return by_name(model(images, MASKED[:1]), "mim")["mim"]
+
+    before = logits()
     images[:, :, :4, :4] += 5  # patch 0, which is masked
-    moved = (model(images, MASKED[:1])[0] - before).abs().max().item()
+    moved = (logits() - before).abs().max().item()
     assert moved < 1e-5, \
         f"pixels of a masked patch should not change any logits, but move them by {moved:.2g}: does `embed` get the " \
         "masked positions and the mask token?"
     images[:, :, :4, 4:8] += 5  # patch 1, which is visible
-    assert not torch.allclose(model(images, MASKED[:1])[0], before), \
+    assert not torch.allclose(logits(), before), \
         "pixels of a visible patch should change the logits, but do not"
 
 
@@ -69,9 +96,10 @@ def test_the_head_is_given_what_it_needs(masked_image_model, early_layers):
 
     bias = torch.randn(1, 2, 17, 17)
     model.aggregate, model.shared_position_bias = aggregate, lambda: bias
-    head_logits = model(images, MASKED)[1]
+    predictions = model(images, MASKED)
     assert given, "with a head (head_layers > 0) forward should call `aggregate`, but does not"
-    assert torch.equal(head_logits, torch.ones(2, 4, 11)), "the second result should be what `aggregate` returns"
+    assert torch.equal(by_name(predictions, "mim", "cls")["cls"], torch.ones(2, 4, 11)), \
+        "the prediction named \"cls\" should be what `aggregate` returns, but is another"
     states = hidden_states(model, images)
     for name, layer in (("last", 3), ("early", early_layers)):
         assert torch.allclose(given[name], states[layer], atol=1e-5), \
@@ -84,34 +112,37 @@ def test_the_head_is_given_what_it_needs(masked_image_model, early_layers):
 
 # -- score --------------------------------------------------------------------------------------------------------
 
+RIGHT = torch.tensor([[True, False, False, False], [True, True, False, False]])  # the best guesses of logits_and_ids
 
-def logits_and_codes() -> tuple[torch.Tensor, torch.Tensor]:
+
+def logits_and_ids() -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    logits, codes = torch.randn(2, 4, 11), torch.randint(11, (2, 4))
+    logits = torch.randn(2, 4, 11)
     best = logits.argmax(dim=-1)
-    codes = torch.where(torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0]]).bool(), best, (best + 1) % 11)  # 3 of 8 right
-    return logits, codes
+    return logits, torch.where(RIGHT, best, (best + 1) % 11)
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_the_masked_patches():
-    logits, codes = logits_and_codes()
-    expected = -logits.log_softmax(dim=-1).gather(2, codes[..., None]).mean()
-    loss = beitv2.score(logits, codes)[0]
+    logits, ids = logits_and_ids()
+    expected = -logits.log_softmax(dim=-1).gather(2, ids[..., None]).mean()
+    loss = beitv2.score(logits, ids)[0]
     assert loss.shape == (), f"the loss should be one number, but is {list(loss.shape)}"
     assert abs(loss.item() - expected.item()) < 1e-4, \
-        f"the loss should be the mean of - log p(code) over all masked patches, {expected:.4f}, but is {loss:.4f}: a " \
-        "mean, not a sum, of a softmax over the codes?"
+        f"the loss should be the mean of - log p(id) over all masked patches, {expected:.4f}, but is {loss:.4f}: a " \
+        "mean, not a sum, of a softmax over the ids?"
 
 
-def test_the_accuracy_is_the_share_of_masked_patches_that_are_right():
-    logits, codes = logits_and_codes()
-    accuracy = float(beitv2.score(logits, codes)[1].float().mean())
-    assert abs(accuracy - 3 / 8) < 1e-6, \
-        f"3 of 8 codes are right, so the accuracy should be .375, but is {accuracy:.3f}"
+def test_the_hits_say_for_each_masked_patch_whether_the_best_guess_is_right():
+    hits = beitv2.score(*logits_and_ids())[1]
+    found = f"{hits.dtype} {list(hits.shape)}" if isinstance(hits, torch.Tensor) else f"a {type(hits).__name__}"
+    assert isinstance(hits, torch.Tensor) and hits.dtype == torch.bool and hits.shape == (2, 4), \
+        f"the hits should be bool [B, M] = [2, 4], one for each masked patch, but are {found}"
+    assert torch.equal(hits, RIGHT), \
+        f"the best guesses of 3 of 8 patches are right, {RIGHT.tolist()}, but the hits are {hits.tolist()}"
 
 
 def test_the_loss_of_half_precision_is_computed_in_float32():
-    logits, codes = logits_and_codes()
-    loss = beitv2.score(logits.bfloat16(), codes)[0]
+    logits, ids = logits_and_ids()
+    loss = beitv2.score(logits.bfloat16(), ids)[0]
     assert loss.dtype == torch.float32, \
         f"logits come in bfloat16 under autocast, and the loss should be float32 all the same, but is {loss.dtype}"

@@ -40,7 +40,7 @@ def moves(model, last: torch.Tensor, early: torch.Tensor, tokens: torch.Tensor) 
     return not torch.allclose(aggregate(model, last, early), before, atol=1e-5)
 
 
-def test_the_head_gives_a_logit_for_each_code(masked_image_model):
+def test_the_head_gives_a_logit_for_each_id(masked_image_model):
     head_logits(masked_image_model(), *hidden_states())
 
 

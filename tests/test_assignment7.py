@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import beitv2  # noqa: E402
 import finetune  # noqa: E402
-from beitv2 import lr_scale  # noqa: E402
 
 pytestmark = pytest.mark.assignment(7)
 
@@ -82,7 +80,7 @@ def test_knn_returns_a_share_of_all_queries():
 
 
 def scale(name: str) -> float:
-    return lr_scale(name, depth=12, layer_decay=0.65)
+    return beitv2.lr_scale(name, depth=12, layer_decay=0.65)
 
 
 @pytest.mark.parametrize("name", ["head.weight", "fc_norm.bias", "norm.weight"])
@@ -111,21 +109,20 @@ def test_the_embeddings_learn_slowest(name):
 # -- Classifier.forward -------------------------------------------------------------------------------------------
 
 
-def classifier(mean_pool: bool) -> tuple[beitv2.Classifier, torch.Tensor]:
+def classifier(pooling: str) -> tuple[beitv2.Classifier, torch.Tensor]:
     """A classifier of 3 classes whose backbone returns these tokens [2, 5, 8]."""
     torch.manual_seed(0)
-    model = beitv2.Classifier(3, mean_pool, image_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2)
+    model = beitv2.Classifier(3, pooling, image_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2)
     tokens = torch.randn(2, 5, 8) * 3
     with torch.no_grad():
-        for module in (model.head, model.fc_norm or nn.Identity()):
-            for parameter in module.parameters():
-                parameter.copy_(torch.randn(parameter.shape))
+        for parameter in [*model.head.parameters(), *model.fc_norm.parameters()]:
+            parameter.copy_(torch.randn(parameter.shape))
     model.features = lambda images: tokens
     return model, tokens
 
 
 def test_the_classifier_sees_the_normed_mean_of_the_patches():
-    model, tokens = classifier(mean_pool=True)
+    model, tokens = classifier("mean")
     logits = model(torch.zeros(2, 3, 8, 8))
     assert logits.shape == (2, 3), f"the logits should be [B, classes] = [2, 3], but are {list(logits.shape)}"
     expected = model.head(model.fc_norm(tokens[:, 1:].mean(dim=1)))
@@ -135,8 +132,8 @@ def test_the_classifier_sees_the_normed_mean_of_the_patches():
 
 
 def test_the_classifier_sees_cls_if_asked():
-    model, tokens = classifier(mean_pool=False)
+    model, tokens = classifier("cls")
     logits = model(torch.zeros(2, 3, 8, 8))
     expected = model.head(tokens[:, 0])
     assert logits.shape == (2, 3) and torch.allclose(logits, expected, atol=1e-4), \
-        "with mean_pool=False the logits should be head([CLS]), which `features` has normed, but are others"
+        "with pooling=\"cls\" the logits should be head([CLS]), which `features` has normed, but are others"

@@ -71,8 +71,8 @@ def verdicts(request, tmp_path_factory):
         return json.loads(answer.read_text())
 
     asked = [item.callspec for item in request.session.items if item.get_closest_marker("last")]
-    # All are written before any thread begins: two that parse Python at the same time can disturb each other (in 3.11, a
-    # SystemError about recursion depth).
+    # All are written before any thread begins: two that parse Python at the same time can disturb each other (in 3.11,
+    # a SystemError about recursion depth).
     places = {call.id: hand_in(call.params["number"], call.params["wrong"]) for call in asked}
     pool = ThreadPoolExecutor(max(1, os.cpu_count() - 1))
     yield {call.id: pool.submit(judge, call.params["number"], places[call.id]) for call in asked}
@@ -146,13 +146,14 @@ def test_the_students_copy(copies):
     assert (copies / "solved/tokenizer.py").read_text() == (CODE / "tokenizer.py").read_text()
     inside = {str(path.relative_to(copies / "blank")) for path in (copies / "blank").rglob("*") if path.is_file()}
     assert {"course/README.md", "tests/conftest.py", "tests/test_assignment7.py", "configs/demo.yaml"} <= inside
-    assert not {"course/answers.md", "course/grade.py", "tests/test_beitv2.py"} & inside
+    assert {f"support/{path.name}" for path in (CODE / "support").glob("*.py")} <= inside
+    assert not {"course/answers.md", "course/grade.py", "tests/test_beitv2.py", "tests/steps.py"} & inside
     assert not [name for name in inside if "mistakes" in name]
 
 
 def test_some_assignments_only(tmp_path):
     assert run_script(CODE / "course/handout.py", tmp_path / "a", "--assignments", "2,6-7").returncode == 0
-    numbers = {int(n) for path in (tmp_path / "a").glob("*.py")
+    numbers = {int(n) for path in (tmp_path / "a").rglob("*.py")
                for n in re.findall(r'NotImplementedError\("assignment (\d)', path.read_text())}
     assert numbers == {2, 6, 7}
 
@@ -254,6 +255,16 @@ def test_experiments_need_no_other_assignments_than_their_section_names(tmp_path
 
 
 @pytest.mark.parametrize("number", handout.ASSIGNMENTS)
+def test_the_handout_names_each_function_and_its_file(number):
+    section = section_of(number)
+    row = re.search(rf"^\| {number} \|.*$", (CODE / "course/README.md").read_text(), re.MULTILINE)[0]
+    for file, names in handout.ASSIGNMENTS[number].functions.items():
+        assert f"`{file}`" in row and (f"`{file}`" in section or f"| `{file.removesuffix('.py')}." in section)
+        for name in names:
+            assert re.search(rf"^\| `([a-z0-9]+\.)?{re.escape(name)}\(", section, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("number", handout.ASSIGNMENTS)
 def test_each_test_is_marked_with_its_assignment(number):
     text = (CODE / f"tests/test_assignment{number}.py").read_text()
     assert f"\npytestmark = pytest.mark.assignment({number})\n" in text
@@ -280,10 +291,8 @@ class Replacement(ast.NodeTransformer):
 
 
 def write_mistake(folder: Path, number: int, mistake: dict) -> None:
-    """Write a copy of the project's sources into `folder`, with this mistake in it."""
-    folder.mkdir()
-    for path in CODE.glob("*.py"):
-        shutil.copy(path, folder)
+    """Write the files of assignment `number` into `folder`, with this mistake in one of them."""
+    handout.copy_files(list(handout.ASSIGNMENTS[number].functions), folder)
     name = mistake["in"]
     file = next(file for file, names in handout.ASSIGNMENTS[number].functions.items() if name in names)
     source = (CODE / file).read_text()
@@ -368,6 +377,18 @@ def test_files_beside_the_sources_play_no_part(copies, tmp_path, monkeypatch):
     verdict = grade.grade(copy, 2)
     assert verdict["points"] == 0 and verdict["says"].startswith("not written yet"), verdict
     assert not (tmp_path / "was here").exists()
+
+
+def test_the_grader_says_where_a_submission_broke(copies, tmp_path):
+    """Also in a file that lies in a folder."""
+    shutil.copytree(copies / "blank", tmp_path / "copy")
+    file = tmp_path / "copy/support/teachers.py"
+    lines = file.read_text().split("\n")
+    number = next(i for i, line in enumerate(lines, start=1) if 'raise NotImplementedError("assignment 4' in line)
+    lines[number - 1] = lines[number - 1].split("raise")[0] + "return images[:, 3]"
+    file.write_text("\n".join(lines))
+    says = grade.grade(tmp_path / "copy", 4)["says"]
+    assert says.startswith("IndexError: ") and says.endswith(f" (support/teachers.py, line {number})"), says
 
 
 @pytest.mark.parametrize("missing", ["gone", "a folder", "no text"])
