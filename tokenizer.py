@@ -57,7 +57,7 @@ from support.optimizers import clip_gradients, make_optimizer
 from support.options import Amount, Beta, Count, Natural, Share, TrainConfig, load_config
 from support.processes import all_reduce_sum, gather_in_order, say, world_size
 from support.run import Run
-from support.teachers import about_teacher, open_teacher
+from support.teachers import TeacherName, about_teacher, open_teacher
 
 
 @dataclass
@@ -75,8 +75,7 @@ class TokenizerConfig(TrainConfig):
     warmup_epochs: Amount = 10
     betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: Amount = 1e-4
-    teacher: Literal["clip_vitb16", "dino_vits16", "dino_vitb16", "dinov2_vits14", "dinov2_vitb14",
-                     "dinov2_vits14_reg", "dinov2_vitb14_reg", "hog", "pixels", "beitv2"] = "clip_vitb16"  # Act 1
+    teacher: TeacherName = "clip_vitb16"  # one of TEACHERS in support/teachers.py
     teacher_weights: str = ""  # path of the teacher's weights; empty: its public URL. `beitv2` needs one of ours
     encoder: Literal["vqkd", "teacher"] = "vqkd"  # teacher: no VQ-KD, but k-means of the teacher's own features
     size: Literal["tiny", "small", "base", "large"] = "base"  # of the encoder; the three below override it

@@ -159,8 +159,11 @@ def convert(value: Any, kind: Any) -> Any:
     if origin in (types.UnionType, typing.Union):
         return None if value is None else convert(value, arguments[0])
     if origin is Annotated:
-        kind, smallest, largest = arguments
+        kind, *limits = arguments
         value = convert(value, kind)
+        if callable(limits[0]):  # a check of the option's own, which returns the value
+            return limits[0](value)
+        smallest, largest = limits
         if not smallest <= value <= largest:
             raise ValueError(f"at least {smallest}" + (f" and at most {largest}" if largest < math.inf else ""))
         return value

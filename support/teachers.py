@@ -1,19 +1,30 @@
+"""The frozen teachers of stage 1: what they compute, where their weights are published, and how these get our names.
+
+No reader of the method needs this file: a teacher is any module with `output_dim` that maps images in [0,1],
+[B, 3, S, S], to one feature for each patch, [B, N, output_dim].
+"""
+
+import difflib
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-from beitv2 import SIZES, ModelConfig, ModelError, VisionTransformer, load_pretrained, read_checkpoint
+from beitv2 import SIZES, ModelConfig, ModelError, VisionTransformer, load_pretrained, model_state, read_checkpoint
 from support.errors import UserError
-from support.frozen import digest
 from support.files import fetch, file_sha256
 from support.processes import say
 
-
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Act 1. What teachers compute
 
 
 class Teacher(nn.Module):
@@ -31,7 +42,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.backbone, self.mean, self.std = backbone, mean, std
         self.projection = nn.Linear(backbone.embed_dim, output_dim, bias=False) if output_dim else nn.Identity()
-        self.patch_size, self.output_dim = backbone.patch_size, output_dim or backbone.embed_dim
+        self.output_dim = output_dim or backbone.embed_dim
         self.requires_grad_(False).eval()
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -109,24 +120,8 @@ class Pixels(nn.Module):
         return F.layer_norm(patches, patches.shape[-1:], eps=1e-3)
 
 
-DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{0}/{0}{1}_pretrain.pth"
-
-
-# name: where its weights are published, the SHA-256 if known, and what `VisionTransformer` must be for it
-TEACHERS = {
-    "clip_vitb16": ("https://openaipublic.azureedge.net/clip/models/"
-                    "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
-                    "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
-                    dict(size="base", patch_size=16, output_dim=512)),
-    "dino_vits16": ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", "",
-                    dict(size="small", patch_size=16)),
-    "dino_vitb16": ("https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "",
-                    dict(size="base", patch_size=16)),
-    "dinov2_vits14": (DINOV2_URL.format("dinov2_vits14", ""), "", dict(size="small", patch_size=14)),
-    "dinov2_vitb14": (DINOV2_URL.format("dinov2_vitb14", ""), "", dict(size="base", patch_size=14)),
-    "dinov2_vits14_reg": (DINOV2_URL.format("dinov2_vits14", "_reg4"), "", dict(size="small", patch_size=14)),
-    "dinov2_vitb14_reg": (DINOV2_URL.format("dinov2_vitb14", "_reg4"), "", dict(size="base", patch_size=14)),
-}
+# ----------------------------------------------------------------------------------------------------------------
+# Act 2. Published weights under our names
 
 
 def rename_clip_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -163,65 +158,127 @@ def split_qkv_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
+# ----------------------------------------------------------------------------------------------------------------
+# Act 3. The table of teachers
+
+
+@dataclass(frozen=True)
+class Published:
+    """A teacher whose weights are published. Called with the configuration, it opens them: see `open_teacher`.
+
+    url, sha256    where they are, and their sum if it is known
+    rename         puts the tensors of such a file under our names
+    size           a name of SIZES, or (width, blocks, heads)
+    switches       further arguments of VisionTransformer
+    output_dim     width of a projection after the final norm; None if there is none
+    mean, std      how it normalises images
+    """
+
+    url: str
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    size: str | tuple[int, int, int]
+    patch_size: int
+    switches: dict = field(default_factory=dict)
+    output_dim: int | None = None
+    mean: tuple = data.IMAGENET_MEAN
+    std: tuple = data.IMAGENET_STD
+    sha256: str = ""
+
+    def build(self, grid: int) -> Teacher:
+        """The teacher without its weights, for images of grid x grid patches."""
+        width, depth, heads = SIZES[self.size] if isinstance(self.size, str) else self.size
+        backbone = VisionTransformer(image_size=grid * self.patch_size, patch_size=self.patch_size, embed_dim=width,
+                                     depth=depth, num_heads=heads, abs_pos_embed=True, **self.switches)
+        return Teacher(backbone, self.mean, self.std, self.output_dim)
+
+    def __call__(self, config) -> Teacher:
+        weights = config.tokenizer.teacher_weights
+        path = fetch(weights, "tokenizer.teacher_weights") if weights else \
+            fetch(self.url, "tokenizer.teacher_weights", self.sha256)
+        teacher = self.build(grid_of(config))
+        say(load_pretrained(teacher, self.rename(read_weights(path, self.sha256)), source=str(path)))
+        return teacher
+
+
+def open_beitv2(config) -> Teacher:
+    """One of our own pre-trained checkpoints, which says what its backbone is."""
+    if not config.tokenizer.teacher_weights:
+        raise UserError("the teacher 'beitv2' needs a pre-trained checkpoint: set tokenizer.teacher_weights=PATH")
+    path = fetch(config.tokenizer.teacher_weights, "tokenizer.teacher_weights")
+    content = read_checkpoint(path)
+    try:
+        model = ModelConfig(**content["config"]["model"])
+    except (KeyError, TypeError):  # another program's file may hold anything under these names
+        raise UserError(f"'{path}' does not say what model it holds: the teacher 'beitv2' must be a checkpoint "
+                        f"that pretrain.py wrote") from None
+    backbone = VisionTransformer(**model.backbone(grid_of(config) * model.patch_size))
+    say(load_pretrained(backbone, content, source=str(path)))
+    return Teacher(backbone, data.IMAGENET_MEAN, data.IMAGENET_STD)
+
+
+OPENAI_SHA256 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
+OPENAI_URL = f"https://openaipublic.azureedge.net/clip/models/{OPENAI_SHA256}/ViT-B-16.pt"
+DINO_URL = "https://dl.fbaipublicfiles.com/dino/{0}_pretrain/{0}_pretrain.pth"
+DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{0}/{0}{1}_pretrain.pth"
+CLIP = dict(pre_norm=True, quick_gelu=True, norm_eps=1e-5)
+DINOV2 = dict(layer_scale=1.0)
+REGISTERS = DINOV2 | dict(num_registers=4)
+
+
+def dino(url: str, size: str, patch_size: int, **switches) -> Published:
+    return Published(url, rename_dino_keys, size, patch_size, switches)
+
+
+# All values of tokenizer.teacher but for modules of your own: how each is opened, a function of the configuration.
+TEACHERS = {
+    "clip_vitb16": Published(OPENAI_URL, rename_clip_keys, "base", 16, CLIP, output_dim=512, mean=CLIP_MEAN,
+                             std=CLIP_STD, sha256=OPENAI_SHA256),
+    "dino_vits16": dino(DINO_URL.format("dino_deitsmall16"), "small", 16),
+    "dino_vitb16": dino(DINO_URL.format("dino_vitbase16"), "base", 16),
+    "dinov2_vits14": dino(DINOV2_URL.format("dinov2_vits14", ""), "small", 14, **DINOV2),
+    "dinov2_vitb14": dino(DINOV2_URL.format("dinov2_vitb14", ""), "base", 14, **DINOV2),
+    "dinov2_vits14_reg": dino(DINOV2_URL.format("dinov2_vits14", "_reg4"), "small", 14, **REGISTERS),
+    "dinov2_vitb14_reg": dino(DINOV2_URL.format("dinov2_vitb14", "_reg4"), "base", 14, **REGISTERS),
+    "hog": lambda config: HOG(config.model.patch_size),
+    "pixels": lambda config: Pixels(config.model.patch_size),
+    "beitv2": open_beitv2,
+}
+
+
+def valid_teacher(value: str) -> str:
+    """What tokenizer.teacher may be; the ValueError says what it must be."""
+    if value not in TEACHERS:
+        nearest = difflib.get_close_matches(value, TEACHERS, n=1, cutoff=0)[0]
+        raise ValueError(f"one of {', '.join(TEACHERS)} (the nearest is '{nearest}')")
+    return value
+
+
+TeacherName = Annotated[str, valid_teacher]  # the type of the option tokenizer.teacher
+
+
+def grid_of(config) -> int:
+    """Patches along a side of the tokenizer's images."""
+    return config.data.image_size // config.model.patch_size
+
+
 def open_teacher(config) -> nn.Module:
     """The teacher that `tokenizer.teacher` names, its patch grid that of the tokenizer. Raises UserError."""
-    name, weights = config.tokenizer.teacher, config.tokenizer.teacher_weights
-    grid = config.data.image_size // config.model.patch_size
-    if name in ("hog", "pixels"):
-        return {"hog": HOG, "pixels": Pixels}[name](config.model.patch_size)
-    if name == "beitv2":  # one of our own checkpoints, which says what its backbone is
-        if not weights:
-            raise UserError("the teacher 'beitv2' needs a pre-trained checkpoint: set tokenizer.teacher_weights=PATH")
-        path = fetch(weights, "tokenizer.teacher_weights")
-        content = read_checkpoint(path)
-        if "config" not in content:
-            raise UserError(f"'{path}' does not say what model it holds: the teacher 'beitv2' must be a checkpoint "
-                            f"that pretrain.py wrote")
-        model = ModelConfig(**content["config"]["model"])
-        backbone = VisionTransformer(**model.backbone(grid * model.patch_size))
-        say(load_pretrained(backbone, content, source=str(path)))
-        return Teacher(backbone, data.IMAGENET_MEAN, data.IMAGENET_STD)
-
-    url, sha256, shape = TEACHERS[name]
-    path = fetch(weights or url, "tokenizer.teacher_weights", sha256)
-    if name == "clip_vitb16":
-        state = rename_clip_keys(read_clip(path, sha256))
-    else:
-        state = rename_dino_keys(read_checkpoint(path))
-    teacher = build_teacher(name, grid, shape)
-    say(load_pretrained(teacher, state, source=str(path)))
-    return teacher
+    return TEACHERS[config.tokenizer.teacher](config)
 
 
-def build_teacher(name: str, grid: int, shape: dict) -> Teacher:
-    """An untrained teacher: `shape` is its size (a name of SIZES, or width, depth, heads), patch size, projection."""
-    size, patch_size = shape["size"], shape["patch_size"]
-    width, depth, heads = SIZES[size] if isinstance(size, str) else size
-    options = dict(image_size=grid * patch_size, patch_size=patch_size, embed_dim=width, depth=depth, num_heads=heads,
-                   abs_pos_embed=True)
-    if name.startswith("clip"):
-        backbone = VisionTransformer(pre_norm=True, quick_gelu=True, norm_eps=1e-5, **options)
-        return Teacher(backbone, CLIP_MEAN, CLIP_STD, shape["output_dim"])
-    if name.startswith("dinov2"):
-        options |= dict(layer_scale=1.0, num_registers=4 if name.endswith("_reg") else 0)
-    return Teacher(VisionTransformer(**options), data.IMAGENET_MEAN, data.IMAGENET_STD)
-
-
-def read_clip(path: Path, sha256: str) -> dict[str, Tensor]:
-    """CLIP's weights from a plain state dict, or from OpenAI's archive.
+def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+    """The named tensors of a checkpoint, or of OpenAI's archive.
 
     That archive is TorchScript, which is code. It is opened only if it is, by its SHA-256, the file OpenAI published.
     """
     try:
-        return read_checkpoint(path)
+        content = read_checkpoint(path)
     except ModelError:
+        if not sha256:
+            raise
         if file_sha256(path) != sha256:
             raise UserError(f"'{path}' is neither a plain state dict nor OpenAI's ViT-B-16.pt (SHA-256 "
                             f"{sha256[:12]}…): download it again, or set tokenizer.teacher_weights to another file") \
                 from None
-    return torch.jit.load(path, map_location="cpu").state_dict()
-
-
-def about_teacher(config, teacher: nn.Module) -> dict:
-    """What the features of a teacher depend on, in plain values."""
-    return dict(teacher=config.tokenizer.teacher, weights=digest(teacher))
+        return torch.jit.load(path, map_location="cpu").state_dict()
+    return model_state(content, str(path))

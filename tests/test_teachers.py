@@ -1,0 +1,161 @@
+"""The teachers: HOG and pixels, the renamed keys and positions of published weights, and modules of the user's own.
+
+What the published networks compute is compared in test_parity.py.
+"""
+
+import dataclasses
+import math
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import beitv2  # noqa: E402
+import tokenizer  # noqa: E402
+from support.errors import UserError  # noqa: E402
+from support.files import file_sha256  # noqa: E402
+from support.options import load_config  # noqa: E402
+from support.teachers import HOG, TEACHERS, Pixels, Teacher, open_teacher  # noqa: E402
+from support.teachers import read_weights, rename_clip_keys, rename_dino_keys  # noqa: E402
+
+CODE = Path(__file__).parent.parent
+
+
+def read_config(*changes: str):
+    return load_config(tokenizer.SECTIONS, [str(CODE / "configs/demo.yaml"), *changes])
+
+
+# -- The table --------------------------------------------------------------------------------------------------
+
+
+def test_the_option_takes_what_stands_in_the_table():
+    for name in TEACHERS:
+        assert read_config(f"tokenizer.teacher={name}").tokenizer.teacher == name
+    with pytest.raises(UserError, match=r"must be one of clip_vitb16, .*the nearest is 'dinov2_vits14'\), not 'dinov2_vit14'"):
+        read_config("tokenizer.teacher=dinov2_vit14")
+
+
+def test_a_new_teacher_is_one_entry(monkeypatch):
+    monkeypatch.setitem(TEACHERS, "eight", lambda config: HOG(patch_size=8))
+    assert open_teacher(read_config("tokenizer.teacher=eight")).patch_size == 8
+
+
+@pytest.mark.parametrize("name, grid, values", [  # as published, see the papers' tables of models
+    ("clip_vitb16", 14, 86_192_640), ("dino_vits16", 14, 21_665_664), ("dino_vitb16", 14, 85_798_656),
+    ("dinov2_vits14", 37, 22_056_576), ("dinov2_vitb14", 37, 86_580_480),
+    ("dinov2_vits14_reg", 37, 22_056_576 + 4 * 384), ("dinov2_vitb14_reg", 37, 86_580_480 + 4 * 768)])
+def test_sizes_of_published_teachers(name, grid, values):
+    """The published number of values, but for the key biases that ours leaves out, and for what has no use here."""
+    with torch.device("meta"):
+        teacher = TEACHERS[name].build(grid)
+    width, depth = teacher.backbone.embed_dim, teacher.backbone.depth
+    ours = sum(parameter.numel() for parameter in teacher.parameters()) + depth * width
+    mask_token = width if name.startswith("dinov2") else 0
+    patch_bias = width if name.startswith("clip") else 0  # zero: CLIP has none
+    assert ours + mask_token - patch_bias == values
+
+
+# -- HOG --------------------------------------------------------------------------------------------------------
+
+
+def test_hog_has_four_cells_three_colours_and_nine_orientations():
+    teacher = HOG(patch_size=8)
+    features = teacher(torch.rand(2, 3, 24, 24))
+    assert features.shape == (2, 9, teacher.output_dim) and teacher.output_dim == 4 * 3 * 9
+
+
+@pytest.mark.parametrize("degrees", [0, 40, 90, 150])
+def test_hog_of_a_ramp_points_along_its_gradient(degrees):
+    """An image that grows in one direction has all its gradient in the bins around that direction."""
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    angle = math.radians(degrees)
+    image = 0.5 + (x * math.cos(angle) + y * math.sin(angle)) / 100
+    histogram = HOG(8)(image.expand(1, 3, 32, 32))[0, 5].view(3, 9, 4)  # an inner patch
+    share = degrees / 180 * 9
+    lower, upper = int(share) % 9, (int(share) + 1) % 9
+    expected = torch.zeros(9)
+    expected[lower], expected[upper] = 1 - share % 1, share % 1
+    assert F.cosine_similarity(histogram[0, :, 0], expected - expected.mean(), dim=0) > 0.999
+    assert torch.allclose(histogram, histogram[:1, :, :1].expand_as(histogram), atol=1e-3), "alike in colours and cells"
+
+
+def test_hog_ignores_brightness_and_mirrors_with_the_image():
+    teacher, images = HOG(8), torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(teacher(images), teacher(images * 0.5 + 0.3), atol=0.03)
+    assert teacher(torch.full((1, 3, 16, 16), 0.3)).abs().max() == 0, "nothing to see in a flat image"
+    mirrored = teacher(images.flip(-1)).view(2, 2, 3, 9, 2, 2).flip(1).flip(-1)
+    orientations = [-bin % 9 for bin in range(9)]
+    assert torch.allclose(mirrored[..., orientations, :, :].reshape(1, 4, -1), teacher(images), atol=1e-5)
+
+
+def test_hog_refuses_patches_that_it_cannot_halve():
+    with pytest.raises(beitv2.ModelError, match="even, not 7"):
+        HOG(7)
+
+
+# -- Pixels -----------------------------------------------------------------------------------------------------
+
+
+def test_pixels_are_the_patch_itself_without_its_brightness_and_contrast():
+    images = torch.rand(2, 3, 8, 8)
+    features = Pixels(4)(images)
+    assert features.shape == (2, 4, 48)
+    patch = images[1, :, 4:, :4].flatten()  # row by row: patch 2 is the lower left one
+    expected = (patch - patch.mean()) / (patch.var(unbiased=False) + 1e-3).sqrt()
+    assert torch.allclose(features[1, 2].sort().values, expected.sort().values, atol=1e-5)
+    assert torch.allclose(Pixels(4)(0.5 * images + 0.2), features, atol=0.05)
+
+
+# -- Teachers ---------------------------------------------------------------------------------------------------
+
+
+def dinov2_checkpoint(teacher: Teacher) -> dict:
+    """A DINOv2 file that holds this teacher: its names, a bias for the keys too, and a mask token."""
+    state = {"mask_token": torch.zeros(1, 8)}
+    for name, value in teacher.state_dict().items():
+        name = name.removeprefix("backbone.").replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")
+        state[name] = torch.randn_like(value)
+    for block in range(2):
+        stem = f"blocks.{block}.attn."
+        q, v = state.pop(stem + "q_bias"), state.pop(stem + "v_bias")
+        state[stem + "qkv.bias"] = torch.cat([q, torch.randn_like(q), v])
+    return state
+
+
+@pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg"])
+def test_dinov2_loads_key_for_key_with_and_without_registers(name):
+    teacher = dataclasses.replace(TEACHERS[name], size=(8, 2, 2)).build(grid=2)
+    state = dinov2_checkpoint(teacher)
+    report = beitv2.load_pretrained(teacher, rename_dino_keys(dict(state)))
+    assert not report.dropped and not report.fresh
+    assert torch.equal(teacher.backbone.blocks[1].gamma_2, state["blocks.1.ls2.gamma"])
+    assert torch.equal(teacher.backbone.blocks[1].attn.v_bias, state["blocks.1.attn.qkv.bias"][16:])
+    features = teacher(torch.rand(1, 3, 32, 32))
+    assert features.shape == (1, 4, 8), "a patch for each of ours, whatever the size of the image; no registers"
+
+
+def test_the_bias_of_the_keys_may_be_dropped():
+    """Softmax over keys does not change when the same number is added to all logits of a query."""
+    torch.manual_seed(0)
+    q, k, v, bias = torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 4), torch.randn(4)
+    attention = F.scaled_dot_product_attention
+    assert torch.allclose(attention(q, k + bias, v), attention(q, k, v), atol=1e-6)
+
+
+def test_clip_archives_are_opened_only_if_they_are_openais(tmp_path):
+    """TorchScript is code: a file that is not the published one is refused before it is opened."""
+    warnings.simplefilter("ignore")  # torch would rather see other formats; OpenAI's is this one
+    archive = tmp_path / "clip.pt"
+    torch.jit.script(torch.nn.Linear(2, 2)).save(archive)
+    with pytest.raises(UserError, match="neither a plain state dict nor OpenAI's"):
+        read_weights(archive, "0" * 64)
+    assert set(read_weights(archive, file_sha256(archive))) == {"weight", "bias"}
+
+
+def test_clip_weights_without_an_image_tower_are_refused():
+    with pytest.raises(UserError, match="no image tower"):
+        rename_clip_keys({"transformer.x": torch.zeros(1)})
