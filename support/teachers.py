@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-from beitv2 import SIZES, ModelConfig, ModelError, VisionTransformer, load_pretrained, model_state, read_checkpoint
+from beitv2 import (SIZES, LoadReport, ModelConfig, ModelError, VisionTransformer, load_pretrained, model_state,
+                    read_checkpoint)
 from support.errors import UserError
 from support.files import fetch, file_sha256
 from support.processes import say
@@ -158,6 +159,26 @@ def split_qkv_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
+def interpolate_positions(positions: Tensor, grid: int, antialias: bool) -> Tensor:
+    """Position embeddings [1, 1 + g^2, D] at another grid, [1, 1 + grid^2, D], by the way of their authors.
+
+    The teachers were trained with one grid: 14 x 14 for CLIP and DINO, 37 x 37 for DINOv2, which is never ours. Other
+    positions than those that the authors' own code computes would make a worse teacher, and nothing would tell.
+
+    Their code enlarges by the *factor* (grid + .1) / g; the .1 was to keep the rounded result from being one too small.
+    So the places that are read lie a little closer together than those of a resizing to the *size* grid. This is so in
+    the code of DINO, of DINOv2, and of VQ-KD, which the paper's authors use for CLIP. DINOv2's models with registers
+    were published with `antialias`, and are resized to the size. At the grid of the training nothing changes.
+    """
+    g = math.isqrt(positions.shape[1] - 1)
+    if g == grid:
+        return positions
+    places = positions[:, 1:].float().unflatten(1, (g, g)).permute(0, 3, 1, 2)  # [1, D, g, g]
+    how = dict(size=(grid, grid), antialias=True) if antialias else dict(scale_factor=(grid + 0.1) / g)
+    places = F.interpolate(places, mode="bicubic", **how)
+    return torch.cat([positions[:, :1], places.flatten(2).transpose(1, 2)], dim=1)
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Act 3. The table of teachers
 
@@ -172,6 +193,7 @@ class Published:
     switches       further arguments of VisionTransformer
     output_dim     width of a projection after the final norm; None if there is none
     mean, std      how it normalises images
+    antialias      how its positions come to another grid, see interpolate_positions
     """
 
     url: str
@@ -182,6 +204,7 @@ class Published:
     output_dim: int | None = None
     mean: tuple = data.IMAGENET_MEAN
     std: tuple = data.IMAGENET_STD
+    antialias: bool = False
     sha256: str = ""
 
     def build(self, grid: int) -> Teacher:
@@ -196,8 +219,19 @@ class Published:
         path = fetch(weights, "tokenizer.teacher_weights") if weights else \
             fetch(self.url, "tokenizer.teacher_weights", self.sha256)
         teacher = self.build(grid_of(config))
-        say(load_pretrained(teacher, self.rename(read_weights(path, self.sha256)), source=str(path)))
+        say(self.load(teacher, read_weights(path, self.sha256), source=str(path)))
         return teacher
+
+    def load(self, teacher: Teacher, weights: dict[str, Tensor], source: str) -> LoadReport:
+        """Copy published weights into a teacher that `build` has made, their positions brought to its grid."""
+        state, name = self.rename(weights), "backbone.pos_embed"
+        published = state.get(name)
+        if published is not None:
+            state[name] = interpolate_positions(published, teacher.backbone.grid, self.antialias)
+        report = load_pretrained(teacher, state, source)
+        if state.get(name) is not published:
+            report.resized.append(name)
+        return report
 
 
 def open_beitv2(config) -> Teacher:
@@ -221,24 +255,21 @@ OPENAI_URL = f"https://openaipublic.azureedge.net/clip/models/{OPENAI_SHA256}/Vi
 DINO_URL = "https://dl.fbaipublicfiles.com/dino/{0}_pretrain/{0}_pretrain.pth"
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{0}/{0}{1}_pretrain.pth"
 CLIP = dict(pre_norm=True, quick_gelu=True, norm_eps=1e-5)
-DINOV2 = dict(layer_scale=1.0)
+DINOV2 = dict(layer_scale=1.0)  # whatever is not 0: its values come from the file
 REGISTERS = DINOV2 | dict(num_registers=4)
-
-
-def dino(url: str, size: str, patch_size: int, **switches) -> Published:
-    return Published(url, rename_dino_keys, size, patch_size, switches)
-
 
 # All values of tokenizer.teacher but for modules of your own: how each is opened, a function of the configuration.
 TEACHERS = {
     "clip_vitb16": Published(OPENAI_URL, rename_clip_keys, "base", 16, CLIP, output_dim=512, mean=CLIP_MEAN,
                              std=CLIP_STD, sha256=OPENAI_SHA256),
-    "dino_vits16": dino(DINO_URL.format("dino_deitsmall16"), "small", 16),
-    "dino_vitb16": dino(DINO_URL.format("dino_vitbase16"), "base", 16),
-    "dinov2_vits14": dino(DINOV2_URL.format("dinov2_vits14", ""), "small", 14, **DINOV2),
-    "dinov2_vitb14": dino(DINOV2_URL.format("dinov2_vitb14", ""), "base", 14, **DINOV2),
-    "dinov2_vits14_reg": dino(DINOV2_URL.format("dinov2_vits14", "_reg4"), "small", 14, **REGISTERS),
-    "dinov2_vitb14_reg": dino(DINOV2_URL.format("dinov2_vitb14", "_reg4"), "base", 14, **REGISTERS),
+    "dino_vits16": Published(DINO_URL.format("dino_deitsmall16"), rename_dino_keys, "small", 16),
+    "dino_vitb16": Published(DINO_URL.format("dino_vitbase16"), rename_dino_keys, "base", 16),
+    "dinov2_vits14": Published(DINOV2_URL.format("dinov2_vits14", ""), rename_dino_keys, "small", 14, DINOV2),
+    "dinov2_vitb14": Published(DINOV2_URL.format("dinov2_vitb14", ""), rename_dino_keys, "base", 14, DINOV2),
+    "dinov2_vits14_reg": Published(DINOV2_URL.format("dinov2_vits14", "_reg4"), rename_dino_keys, "small", 14,
+                                   REGISTERS, antialias=True),
+    "dinov2_vitb14_reg": Published(DINOV2_URL.format("dinov2_vitb14", "_reg4"), rename_dino_keys, "base", 14,
+                                   REGISTERS, antialias=True),
     "hog": lambda config: HOG(config.model.patch_size),
     "pixels": lambda config: Pixels(config.model.patch_size),
     "beitv2": open_beitv2,

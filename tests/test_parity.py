@@ -26,7 +26,7 @@ from support.teachers import TEACHERS, Teacher  # noqa: E402
 
 TOLERANCE = 1e-5  # the design's: largest error over largest magnitude, per tensor
 FOLDER = Path(os.environ.get("BEITV2_PARITY") or Path(__file__).parent / "fixtures" / "parity")
-KINDS = ("mim", "classifier", "vqkd", "clip", "dino")
+KINDS = ("mim", "classifier", "vqkd", "clip", "dino.", "dinov2_positions")
 FILES = sorted(path.name for path in FOLDER.glob("*.pt"))
 
 if not FOLDER.is_dir():
@@ -219,12 +219,12 @@ def build_teacher(data: dict, name: str) -> Teacher:
         grid, output_dim = config["img_size"] // config["patch_size"], None
     published = dataclasses.replace(TEACHERS[name], size=size, patch_size=config["patch_size"], output_dim=output_dim)
     teacher = published.build(grid)
-    report = load_pretrained(teacher, published.rename(dict(data["state_dict"])))
+    report = published.load(teacher, dict(data["state_dict"]), source=name)
     assert report.fresh == report.dropped == report.resized == []
     return teacher
 
 
-@pytest.mark.parametrize("name", files("clip") + files("dino"))
+@pytest.mark.parametrize("name", files("clip") + files("dino."))
 def test_teacher(name):
     data = read(name)
     teacher = build_teacher(data, "clip_vitb16" if name.startswith("clip") else "dino_vitb16")
@@ -236,6 +236,21 @@ def test_teacher(name):
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (teacher.mean, teacher.std))
     assert_close(teacher(data["images"] * std + mean), data["patch_features"], "patch features from images in [0,1]")
     assert teacher.output_dim == data["patch_features"].shape[-1]
+
+
+@pytest.mark.parametrize("grid", [8, 14, 16, 24])
+@pytest.mark.parametrize("kind", ["random", "smooth"])
+@pytest.mark.parametrize("teacher", ["dinov2_vits14", "dinov2_vits14_reg"])
+def test_positions_of_dinov2(teacher, kind, grid):
+    """A checkpoint with the positions of the published 37 x 37 grid goes in: what the network then holds counts."""
+    published = dataclasses.replace(TEACHERS[teacher], size=(8, 1, 2))
+    model = published.build(grid)
+    weights = {name.removeprefix("backbone."): value.clone() for name, value in model.state_dict().items()}
+    for data in map(read, files("dinov2_positions")):
+        name = f"{'registers' if teacher.endswith('_reg') else 'plain'}-{kind}"
+        report = published.load(model, weights | {"pos_embed": data[f"{name}-in"]}, source=teacher)
+        assert_close(model.backbone.pos_embed, data[f"{name}-{grid}"], f"positions of {name}, {grid} x {grid} patches")
+        assert report.resized == ["backbone.pos_embed"]
 
 
 # --- the recipe ------------------------------------------------------------------------------------------------

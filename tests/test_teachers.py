@@ -19,7 +19,7 @@ import tokenizer  # noqa: E402
 from support.errors import UserError  # noqa: E402
 from support.files import file_sha256  # noqa: E402
 from support.options import load_config  # noqa: E402
-from support.teachers import HOG, TEACHERS, Pixels, Teacher, open_teacher  # noqa: E402
+from support.teachers import HOG, TEACHERS, Pixels, Teacher, interpolate_positions, open_teacher  # noqa: E402
 from support.teachers import read_weights, rename_clip_keys, rename_dino_keys  # noqa: E402
 
 CODE = Path(__file__).parent.parent
@@ -35,7 +35,7 @@ def read_config(*changes: str):
 def test_the_option_takes_what_stands_in_the_table():
     for name in TEACHERS:
         assert read_config(f"tokenizer.teacher={name}").tokenizer.teacher == name
-    with pytest.raises(UserError, match=r"must be one of clip_vitb16, .*the nearest is 'dinov2_vits14'\), not 'dinov2_vit14'"):
+    with pytest.raises(UserError, match=r"one of clip_vitb16, .*the nearest is 'dinov2_vits14'\), not 'dinov2_vit14'"):
         read_config("tokenizer.teacher=dinov2_vit14")
 
 
@@ -101,7 +101,7 @@ def test_hog_refuses_patches_that_it_cannot_halve():
 
 
 def test_pixels_are_the_patch_itself_without_its_brightness_and_contrast():
-    images = torch.rand(2, 3, 8, 8)
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     features = Pixels(4)(images)
     assert features.shape == (2, 4, 48)
     patch = images[1, :, 4:, :4].flatten()  # row by row: patch 2 is the lower left one
@@ -136,6 +136,33 @@ def test_dinov2_loads_key_for_key_with_and_without_registers(name):
     assert torch.equal(teacher.backbone.blocks[1].attn.v_bias, state["blocks.1.attn.qkv.bias"][16:])
     features = teacher(torch.rand(1, 3, 32, 32))
     assert features.shape == (1, 4, 8), "a patch for each of ours, whatever the size of the image; no registers"
+
+
+def bicubic(old: int, new: int, step: float) -> torch.Tensor:
+    """The weights [new, old] of a cubic interpolation that reads at (i + .5) * step - .5; the border is repeated."""
+    weights = torch.zeros(new, old)
+    for i in range(new):
+        place = (i + 0.5) * step - 0.5
+        for neighbour in range(math.floor(place) - 1, math.floor(place) + 3):
+            t, a = abs(place - neighbour), -0.75
+            weight = (a + 2) * t**3 - (a + 3) * t**2 + 1 if t <= 1 else a * (t**3 - 5 * t**2 + 8 * t - 4)
+            weights[i, min(max(neighbour, 0), old - 1)] += weight
+    return weights
+
+
+@pytest.mark.parametrize("grid", [8, 12, 14, 24])
+@pytest.mark.parametrize("name", ["clip_vitb16", "dino_vits16"])
+def test_clip_and_dino_positions_are_read_by_the_published_factor(name, grid):
+    torch.manual_seed(0)
+    positions = torch.randn(1, 1 + 14**2, 3)
+    ours = interpolate_positions(positions, grid, TEACHERS[name].antialias)
+    assert torch.equal(ours[:, 0], positions[:, 0]), "[CLS] has no place"
+    if grid == 14:
+        assert ours is positions, "nothing changes at the grid of the training"
+        return
+    rows = bicubic(14, grid, 14 / (grid + 0.1))
+    expected = torch.einsum("yi,xj,ijd->yxd", rows, rows, positions[0, 1:].view(14, 14, 3)).flatten(0, 1)
+    assert torch.allclose(ours[0, 1:], expected, atol=1e-5)
 
 
 def test_the_bias_of_the_keys_may_be_dropped():
