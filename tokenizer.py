@@ -77,6 +77,7 @@ class TokenizerConfig(TrainConfig):
     weight_decay: Amount = 1e-4
     teacher: TeacherName = "clip_vitb16"  # one of TEACHERS in support/teachers.py
     teacher_weights: str = ""  # path of the teacher's weights; empty: its public URL. `beitv2` needs one of ours
+    teacher_gelu: Literal["auto", "quick", "exact"] = "auto"  # of CLIP; auto: quick, as OpenAI's. LAION's want exact
     encoder: Literal["vqkd", "teacher"] = "vqkd"  # teacher: no VQ-KD, but k-means of the teacher's own features
     size: Literal["tiny", "small", "base", "large"] = "base"  # of the encoder; the three below override it
     embed_dim: Count | None = None  # width of encoder and decoder

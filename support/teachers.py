@@ -5,8 +5,13 @@ No reader of the method needs this file: a teacher is any module with `output_di
 """
 
 import difflib
+import io
 import math
-from dataclasses import dataclass, field
+import pickle
+import sys
+import types
+import zipfile
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Callable
 
@@ -17,8 +22,9 @@ from torch import Tensor, nn
 import data
 from beitv2 import (SIZES, LoadReport, ModelConfig, ModelError, VisionTransformer, load_pretrained, model_state,
                     read_checkpoint)
-from support.errors import UserError
-from support.files import fetch, file_sha256
+from support.errors import UserError, explained
+from support.files import fetch, file_sha256, save_atomically
+from support.launch import launch
 from support.processes import say
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -218,8 +224,12 @@ class Published:
         weights = config.tokenizer.teacher_weights
         path = fetch(weights, "tokenizer.teacher_weights") if weights else \
             fetch(self.url, "tokenizer.teacher_weights", self.sha256)
-        teacher = self.build(grid_of(config))
-        say(self.load(teacher, read_weights(path, self.sha256), source=str(path)))
+        published = self
+        if "quick_gelu" in self.switches:
+            quick = uses_quick_gelu(config.tokenizer.teacher_gelu, path, self.sha256)
+            published = replace(self, switches=self.switches | dict(quick_gelu=quick))
+        teacher = published.build(grid_of(config))
+        say(self.load(teacher, read_weights(path), source=str(path)))
         return teacher
 
     def load(self, teacher: Teacher, weights: dict[str, Tensor], source: str) -> LoadReport:
@@ -232,6 +242,16 @@ class Published:
         if state.get(name) is not published:
             report.resized.append(name)
         return report
+
+
+def uses_quick_gelu(choice: str, path: Path, openai_sha256: str) -> bool:
+    """Which GELU CLIP weights were trained with: names and shapes are the same, and a wrong one costs in silence."""
+    if choice != "auto":
+        say(f"{'QuickGELU' if choice == 'quick' else 'exact GELU'} is used, as tokenizer.teacher_gelu says")
+    elif file_sha256(path) != openai_sha256:
+        say(f"QuickGELU is assumed, since OpenAI's CLIP has it and the sum of '{path}' does not tell whose weights it "
+            f"holds; set tokenizer.teacher_gelu=exact for weights trained with exact GELU, such as LAION's")
+    return choice != "exact"
 
 
 def open_beitv2(config) -> Teacher:
@@ -294,22 +314,84 @@ def grid_of(config) -> int:
 
 def open_teacher(config) -> nn.Module:
     """The teacher that `tokenizer.teacher` names, its patch grid that of the tokenizer. Raises UserError."""
-    return TEACHERS[config.tokenizer.teacher](config)
+    name, gelu = config.tokenizer.teacher, config.tokenizer.teacher_gelu
+    if gelu != "auto" and "quick_gelu" not in getattr(TEACHERS[name], "switches", ()):
+        raise UserError(f"tokenizer.teacher_gelu={gelu} is for CLIP's weights, and the teacher is '{name}': set it to "
+                        f"auto")
+    return TEACHERS[name](config)
 
 
-def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
-    """The named tensors of a checkpoint, or of OpenAI's archive.
+# ----------------------------------------------------------------------------------------------------------------
+# Act 4. OpenAI's archive
 
-    That archive is TorchScript, which is code. It is opened only if it is, by its SHA-256, the file OpenAI published.
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The named tensors of a checkpoint, or of a TorchScript archive such as OpenAI's ViT-B-16.pt."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if folder := [name for name in archive.namelist() if name.endswith("/constants.pkl")]:
+                with explained(f"cannot read the TorchScript archive '{path}'", "download it again, or set "
+                               "tokenizer.teacher_weights to a plain state dict", Exception):
+                    return named_tensors(ArchiveReader(archive, folder[0].removesuffix("constants.pkl")).load())
+    return model_state(read_checkpoint(path), str(path))
+
+
+class ArchiveReader(pickle.Unpickler):
+    """Reads what a TorchScript archive holds, without TorchScript, which is code (and which torch gives up).
+
+    The archive is a zip file. FOLDER/data.pkl is a pickle of the model: objects with attributes, some of them tensors,
+    whose bytes lie in FOLDER/data/. A pickle names the functions and classes that are to make its objects. An ordinary
+    reader would call whatever it names; this one knows the few names below, and nothing of the archive is ever run.
     """
-    try:
-        content = read_checkpoint(path)
-    except ModelError:
-        if not sha256:
-            raise
-        if file_sha256(path) != sha256:
-            raise UserError(f"'{path}' is neither a plain state dict nor OpenAI's ViT-B-16.pt (SHA-256 "
-                            f"{sha256[:12]}…): download it again, or set tokenizer.teacher_weights to another file") \
-                from None
-        return torch.jit.load(path, map_location="cpu").state_dict()
-    return model_state(content, str(path))
+
+    def __init__(self, archive: zipfile.ZipFile, folder: str):
+        super().__init__(io.BytesIO(archive.read(f"{folder}data.pkl")))
+        self.archive, self.folder = archive, folder
+
+    def find_class(self, module: str, name: str):
+        if module.split(".")[0] == "__torch__":  # a class of the archive: its objects are read as bags of attributes
+            return types.SimpleNamespace
+        if module == "torch._utils" and name == "_rebuild_tensor_v2":
+            return lambda values, offset, size, stride, *_: values.as_strided(size, stride, offset)
+        if module == "torch" and name in STORED_TYPES:
+            return STORED_TYPES[name]
+        if module == "torch.jit._pickle":  # lists and dictionaries with the type of what they hold
+            return lambda value, *_: value
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+    def persistent_load(self, where: tuple) -> Tensor:
+        _, dtype, key, _, count = where
+        values = bytearray(self.archive.read(f"{self.folder}data/{key}"))
+        return torch.frombuffer(values, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
+
+
+STORED_TYPES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+                "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
+                "BoolStorage": torch.bool}
+
+
+def named_tensors(module: types.SimpleNamespace, prefix: str = "") -> dict[str, Tensor]:
+    """All tensors of a model from an archive, by their names in its state dict."""
+    found = {}
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor):
+            found[f"{prefix}{name}"] = value
+        elif isinstance(value, types.SimpleNamespace):
+            found |= named_tensors(value, f"{prefix}{name}.")
+    return found
+
+
+def convert_archive() -> None:
+    """`python -m support.teachers ViT-B-16.pt OUT.pt`: write an archive's tensors as a plain state dict."""
+    if len(sys.argv) != 3:
+        raise UserError("name two files: python -m support.teachers ViT-B-16.pt OUT.pt")
+    source, target = map(Path, sys.argv[1:])
+    weights = read_weights(source)
+    save_atomically(weights, target)
+    say(f"{len(weights)} tensors of {source} are now in {target}, a plain state dict")
+
+
+if __name__ == "__main__":
+    launch(convert_archive, ModelError)

@@ -5,8 +5,12 @@ What the published networks compute is compared in test_parity.py.
 
 import dataclasses
 import math
+import pickle
+import re
+import subprocess
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -173,14 +177,120 @@ def test_the_bias_of_the_keys_may_be_dropped():
     assert torch.allclose(attention(q, k + bias, v), attention(q, k, v), atol=1e-6)
 
 
-def test_clip_archives_are_opened_only_if_they_are_openais(tmp_path):
-    """TorchScript is code: a file that is not the published one is refused before it is opened."""
-    warnings.simplefilter("ignore")  # torch would rather see other formats; OpenAI's is this one
-    archive = tmp_path / "clip.pt"
-    torch.jit.script(torch.nn.Linear(2, 2)).save(archive)
-    with pytest.raises(UserError, match="neither a plain state dict nor OpenAI's"):
-        read_weights(archive, "0" * 64)
-    assert set(read_weights(archive, file_sha256(archive))) == {"weight", "bias"}
+class Tower(torch.nn.Module):
+    """A model with what CLIP has: a convolution, norms, attention, a parameter and a buffer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(3, 8, 4, stride=4, bias=False)
+        self.blocks = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 8))
+        self.attn = torch.nn.MultiheadAttention(8, 2)
+        self.proj = torch.nn.Parameter(torch.randn(8, 6).T)  # not contiguous
+        self.register_buffer("input_resolution", torch.tensor(16))
+
+    def forward(self, images):
+        x = self.blocks(self.conv1(images).flatten(2).permute(2, 0, 1))
+        return self.attn(x, x, x)[0] @ self.proj.T
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """A TorchScript archive in half precision, as OpenAI's is, and the state dict that it holds."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("archive") / "ViT-B-16.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would rather see other formats; OpenAI's is this one
+        traced = torch.jit.trace(Tower().requires_grad_(False), torch.rand(1, 3, 16, 16)).half()
+        traced.save(path)
+        return path, {name: value.clone() for name, value in traced.state_dict().items()}
+
+
+def assert_same_tensors(ours: dict, theirs: dict) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype and torch.equal(ours[name], value), name
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_archive_is_read_without_torchscript(archive, monkeypatch):
+    path, expected = archive
+    monkeypatch.setattr(torch.jit, "load", None)
+    assert len(expected) == 11 and expected["proj"].dtype == torch.float16
+    assert_same_tensors(read_weights(path), expected)
+
+
+def test_an_archive_becomes_a_plain_state_dict_in_one_command(archive, tmp_path):
+    path, expected = archive
+    command = [sys.executable, "-W", "error", "-m", "support.teachers", str(path), str(tmp_path / "plain.pt")]
+    done = subprocess.run(command, cwd=CODE, capture_output=True, text=True)
+    assert done.returncode == 0 and "11 tensors" in done.stdout, done.stderr
+    assert_same_tensors(torch.load(tmp_path / "plain.pt", weights_only=True), expected)
+    wrong = subprocess.run(command[:-1], cwd=CODE, capture_output=True, text=True)
+    assert wrong.returncode == 1 and "name two files" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def rewritten(path: Path, target: Path, pickled: bytes) -> Path:
+    """The same archive with another data.pkl."""
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as copy:
+        for name in source.namelist():
+            copy.writestr(name, pickled if name.endswith("/data.pkl") else source.read(name))
+    return target
+
+
+def test_no_code_of_an_archive_is_run(archive, tmp_path):
+    """Neither what a pickle asks to be called, nor what stands in the archive's own classes."""
+    class Harmful:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "touched",)
+
+    path, _ = archive
+    for name, harmful in (("call.pt", pickle.dumps(Harmful())), ("name.pt", pickle.dumps(sys.exit)),
+                          ("broken.pt", b"\x80\x02cno"), ("number.pt", pickle.dumps(1))):
+        with pytest.raises(UserError, match=f"cannot read the TorchScript archive '.*{name}'"):
+            read_weights(rewritten(path, tmp_path / name, harmful))
+    assert not (tmp_path / "touched").exists()
+
+
+def clip_weights(width: int = 8) -> dict:
+    """A tiny CLIP ViT with 2 x 2 patches of 16 pixels, under OpenAI's names."""
+    torch.manual_seed(0)
+    shapes = {"class_embedding": [width], "positional_embedding": [5, width], "proj": [width, 6],
+              "conv1.weight": [width, 3, 16, 16], "ln_pre.weight": [width], "ln_pre.bias": [width],
+              "ln_post.weight": [width], "ln_post.bias": [width]}
+    for name, shape in {"ln_1.weight": [width], "ln_1.bias": [width], "ln_2.weight": [width], "ln_2.bias": [width],
+                        "attn.in_proj_weight": [3 * width, width], "attn.in_proj_bias": [3 * width],
+                        "attn.out_proj.weight": [width, width], "attn.out_proj.bias": [width],
+                        "mlp.c_fc.weight": [4 * width, width], "mlp.c_fc.bias": [4 * width],
+                        "mlp.c_proj.weight": [width, 4 * width], "mlp.c_proj.bias": [width]}.items():
+        shapes[f"transformer.resblocks.0.{name}"] = shape
+    return {f"visual.{name}": torch.randn(shape) for name, shape in shapes.items()} | {"logit_scale": torch.ones([])}
+
+
+@pytest.mark.parametrize("gelu, activation, words", [
+    ("auto", beitv2.QuickGELU, "QuickGELU is assumed.*clip.pt.*set tokenizer.teacher_gelu=exact"),
+    ("quick", beitv2.QuickGELU, "^QuickGELU is used, as"), ("exact", torch.nn.GELU, "^exact GELU is used, as")])
+def test_which_gelu_clip_weights_get_is_chosen_and_said(tmp_path, monkeypatch, capsys, gelu, activation, words):
+    """Weights of OpenAI and of others have the same names and shapes, and need different functions."""
+    small = dataclasses.replace(TEACHERS["clip_vitb16"], size=(8, 1, 2), output_dim=6)
+    monkeypatch.setitem(TEACHERS, "clip_vitb16", small)
+    torch.save({"state_dict": clip_weights()}, tmp_path / "clip.pt")  # in the frame that open_clip's training writes
+    changes = ["tokenizer.teacher=clip_vitb16", f"tokenizer.teacher_weights={tmp_path / 'clip.pt'}",
+               "data.image_size=32", "model.patch_size=16"]
+    config = read_config(*changes, f"tokenizer.teacher_gelu={gelu}")
+    teacher = open_teacher(config)
+    assert isinstance(teacher.backbone.blocks[0].mlp.act, activation)
+    assert re.search(words, capsys.readouterr().out, re.MULTILINE)
+    assert teacher(torch.rand(1, 3, 32, 32)).shape == (1, 4, 6)
+
+    openai = dataclasses.replace(small, sha256=file_sha256(tmp_path / "clip.pt"))
+    monkeypatch.setitem(TEACHERS, "clip_vitb16", openai)
+    open_teacher(read_config(*changes))
+    assert "GELU" not in capsys.readouterr().out, "nothing is assumed of OpenAI's own file"
+
+
+def test_the_gelu_of_other_teachers_is_no_choice():
+    with pytest.raises(UserError, match="teacher_gelu=exact is for CLIP's weights, and the teacher is 'hog'"):
+        open_teacher(read_config("tokenizer.teacher=hog", "tokenizer.teacher_gelu=exact"))
 
 
 def test_clip_weights_without_an_image_tower_are_refused():
