@@ -75,7 +75,7 @@ class TokenizerConfig(TrainConfig):
     warmup_epochs: Amount = 10
     betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: Amount = 1e-4
-    teacher: TeacherName = "clip_vitb16"  # one of TEACHERS in support/teachers.py
+    teacher: TeacherName = "clip_vitb16"  # or another one of docs/teachers.md, or FILE.py:NAME
     teacher_weights: str = ""  # path of the teacher's weights; empty: its public URL. `beitv2` needs one of ours
     teacher_gelu: Literal["auto", "quick", "exact"] = "auto"  # of CLIP; auto: quick, as OpenAI's. LAION's want exact
     encoder: Literal["vqkd", "teacher"] = "vqkd"  # teacher: no VQ-KD, but k-means of the teacher's own features

@@ -4,16 +4,19 @@ No reader of the method needs this file: a teacher is any module with `output_di
 [B, 3, S, S], to one feature for each patch, [B, N, output_dim].
 """
 
+import contextlib
 import difflib
 import io
 import math
 import pickle
+import runpy
 import sys
+import traceback
 import types
 import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Callable
+from typing import Annotated, Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +25,9 @@ from torch import Tensor, nn
 import data
 from beitv2 import (SIZES, LoadReport, ModelConfig, ModelError, VisionTransformer, load_pretrained, model_state,
                     read_checkpoint)
-from support.errors import UserError, explained
+from support.errors import UserError, explained, one_line
 from support.files import fetch, file_sha256, save_atomically
+from support.frozen import digest
 from support.launch import launch
 from support.processes import say
 
@@ -278,7 +282,7 @@ CLIP = dict(pre_norm=True, quick_gelu=True, norm_eps=1e-5)
 DINOV2 = dict(layer_scale=1.0)  # whatever is not 0: its values come from the file
 REGISTERS = DINOV2 | dict(num_registers=4)
 
-# All values of tokenizer.teacher but for modules of your own: how each is opened, a function of the configuration.
+# All values of tokenizer.teacher, but for FILE.py:NAME, and how each is opened: a function of the configuration.
 TEACHERS = {
     "clip_vitb16": Published(OPENAI_URL, rename_clip_keys, "base", 16, CLIP, output_dim=512, mean=CLIP_MEAN,
                              std=CLIP_STD, sha256=OPENAI_SHA256),
@@ -298,10 +302,15 @@ TEACHERS = {
 
 def valid_teacher(value: str) -> str:
     """What tokenizer.teacher may be; the ValueError says what it must be."""
-    if value not in TEACHERS:
-        nearest = difflib.get_close_matches(value, TEACHERS, n=1, cutoff=0)[0]
-        raise ValueError(f"one of {', '.join(TEACHERS)} (the nearest is '{nearest}')")
-    return value
+    file, _, name = value.rpartition(":")
+    if value in TEACHERS:
+        return value
+    if Path(file).expanduser().is_file() and file.endswith(".py") and name.isidentifier():
+        return f"{Path(file).expanduser()}:{name}"
+    if ".py" in value:
+        raise ValueError("FILE.py:NAME with a file that is there, and a name in it")
+    nearest = difflib.get_close_matches(value, TEACHERS, n=1, cutoff=0)[0]
+    raise ValueError(f"FILE.py:NAME, or one of {', '.join(TEACHERS)} (the nearest is '{nearest}')")
 
 
 TeacherName = Annotated[str, valid_teacher]  # the type of the option tokenizer.teacher
@@ -315,14 +324,96 @@ def grid_of(config) -> int:
 def open_teacher(config) -> nn.Module:
     """The teacher that `tokenizer.teacher` names, its patch grid that of the tokenizer. Raises UserError."""
     name, gelu = config.tokenizer.teacher, config.tokenizer.teacher_gelu
-    if gelu != "auto" and "quick_gelu" not in getattr(TEACHERS[name], "switches", ()):
+    opener = TEACHERS.get(name, open_own)
+    if gelu != "auto" and "quick_gelu" not in getattr(opener, "switches", ()):
         raise UserError(f"tokenizer.teacher_gelu={gelu} is for CLIP's weights, and the teacher is '{name}': set it to "
                         f"auto")
-    return TEACHERS[name](config)
+    return opener(config)
+
+
+def about_teacher(config, teacher: nn.Module) -> dict:
+    """All that a teacher's features depend on beside the images, in plain values: for the key of a cache."""
+    name = config.tokenizer.teacher
+    about = dict(weights=digest(teacher), exact_gelu=config.tokenizer.teacher_gelu == "exact")
+    if name in TEACHERS:
+        return about | dict(teacher=name)
+    file, _, name = name.rpartition(":")  # not the file's place, but what stands in it
+    return about | dict(teacher=name, file=file_sha256(Path(file)))
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Act 4. OpenAI's archive
+# Act 4. A module of the user's own
+
+
+class OwnTeacher(nn.Module):
+    """A module from the user's `file`, frozen. An exception in it is shown as what it is, with the file's name."""
+
+    def __init__(self, module: nn.Module, file: str):
+        super().__init__()
+        self.module, self.file, self.output_dim = module, file, module.output_dim
+        self.requires_grad_(False).eval()
+
+    @torch.compiler.disable  # any program may stand in it, also one that cannot be compiled
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        with own_code(self.file, "forward"):
+            return self.module(images)
+
+
+@contextlib.contextmanager
+def own_code(file: str, part: str) -> Iterator[None]:
+    """Around code of the user's file: its exceptions show their own traceback, and then one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:  # `launch` has advice
+        raise
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        raise UserError(f"{part} of the teacher '{file}' ended with {type(error).__name__} ({one_line(error)}): its "
+                        f"traceback stands above, so mend it there") from None
+
+
+def open_own(config) -> OwnTeacher:
+    """The module that FILE.py:NAME makes, after a look at what it says of one batch. The file is run as it is."""
+    file, _, name = config.tokenizer.teacher.rpartition(":")
+    grid, size = grid_of(config), config.data.image_size
+    if config.tokenizer.teacher_weights:
+        raise UserError(f"tokenizer.teacher_weights is not for the teacher '{file}', which opens its weights itself: "
+                        f"leave it empty")
+    with own_code(file, "the code"):
+        names = runpy.run_path(file)
+    if not callable(names.get(name)):
+        own = ", ".join(key for key, value in names.items() if callable(value) and not key.startswith("_"))
+        raise UserError(f"'{file}' has no function or class '{name}'; it has {own or 'none'}")
+    with own_code(file, f"{name}(grid, image_size)"):
+        module = names[name](grid, size)
+    if not isinstance(module, nn.Module):
+        raise UserError(f"{name}(grid, image_size) of '{file}' must return an nn.Module, not a "
+                        f"{type(module).__name__}")
+    if not isinstance(getattr(module, "output_dim", None), int):
+        raise UserError(f"the module of {name} in '{file}' needs an attribute `output_dim`, the width of its features: "
+                        f"a whole number")
+
+    teacher, expected = OwnTeacher(module, file), [2, grid**2, module.output_dim]
+    features = teacher(torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)))
+    if not isinstance(features, Tensor):
+        problem = f"returns a {type(features).__name__}: it must return a tensor"
+    elif list(features.shape) != expected:
+        problem = (f"maps images [2, 3, {size}, {size}] to {list(features.shape)}, not to {expected}: it must return a "
+                   f"vector of output_dim for each patch of a grid of {grid} x {grid}, without [CLS] and registers")
+    elif not features.is_floating_point():
+        problem = f"returns numbers of type {features.dtype}: features must be floating point"
+    elif features.requires_grad:
+        problem = "keeps a gradient: take torch.enable_grad out of its forward"
+    elif not features.isfinite().all():
+        problem = "returns numbers that are not finite, of an ordinary image in [0,1]: look at its weights"
+    else:
+        return teacher
+    raise UserError(f"the teacher {name} of '{file}' {problem}")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Act 5. OpenAI's archive
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ What the published networks compute is compared in test_parity.py.
 """
 
 import dataclasses
+import json
 import math
 import pickle
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision import models
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import beitv2  # noqa: E402
@@ -23,8 +25,8 @@ import tokenizer  # noqa: E402
 from support.errors import UserError  # noqa: E402
 from support.files import file_sha256  # noqa: E402
 from support.options import load_config  # noqa: E402
-from support.teachers import HOG, TEACHERS, Pixels, Teacher, interpolate_positions, open_teacher  # noqa: E402
-from support.teachers import read_weights, rename_clip_keys, rename_dino_keys  # noqa: E402
+from support.teachers import (HOG, TEACHERS, Pixels, Teacher, about_teacher, convert_archive,  # noqa: E402
+                              interpolate_positions, open_teacher, read_weights, rename_clip_keys, rename_dino_keys)
 
 CODE = Path(__file__).parent.parent
 
@@ -39,7 +41,7 @@ def read_config(*changes: str):
 def test_the_option_takes_what_stands_in_the_table():
     for name in TEACHERS:
         assert read_config(f"tokenizer.teacher={name}").tokenizer.teacher == name
-    with pytest.raises(UserError, match=r"one of clip_vitb16, .*the nearest is 'dinov2_vits14'\), not 'dinov2_vit14'"):
+    with pytest.raises(UserError, match=r"FILE.py:NAME, or one of clip_vitb16, .*the nearest is 'dinov2_vits14'\), not"):
         read_config("tokenizer.teacher=dinov2_vit14")
 
 
@@ -219,14 +221,15 @@ def test_an_archive_is_read_without_torchscript(archive, monkeypatch):
     assert_same_tensors(read_weights(path), expected)
 
 
-def test_an_archive_becomes_a_plain_state_dict_in_one_command(archive, tmp_path):
+def test_an_archive_becomes_a_plain_state_dict_in_one_command(archive, tmp_path, monkeypatch):
     path, expected = archive
     command = [sys.executable, "-W", "error", "-m", "support.teachers", str(path), str(tmp_path / "plain.pt")]
     done = subprocess.run(command, cwd=CODE, capture_output=True, text=True)
     assert done.returncode == 0 and "11 tensors" in done.stdout, done.stderr
     assert_same_tensors(torch.load(tmp_path / "plain.pt", weights_only=True), expected)
-    wrong = subprocess.run(command[:-1], cwd=CODE, capture_output=True, text=True)
-    assert wrong.returncode == 1 and "name two files" in wrong.stderr and "Traceback" not in wrong.stderr
+    monkeypatch.setattr(sys, "argv", ["teachers.py", str(path)])
+    with pytest.raises(UserError, match="name two files"):
+        convert_archive()
 
 
 def rewritten(path: Path, target: Path, pickled: bytes) -> Path:
@@ -296,3 +299,170 @@ def test_the_gelu_of_other_teachers_is_no_choice():
 def test_clip_weights_without_an_image_tower_are_refused():
     with pytest.raises(UserError, match="no image tower"):
         rename_clip_keys({"transformer.x": torch.zeros(1)})
+
+
+# -- Modules of the user's own ------------------------------------------------------------------------------------
+
+GOOD = """
+import torch
+
+class Mean(torch.nn.Module):
+    output_dim = 3
+
+    def __init__(self, grid, image_size):
+        super().__init__()
+        self.grid, self.scale = grid, torch.nn.Parameter(torch.ones(3))
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, images):
+        maps = torch.nn.functional.adaptive_avg_pool2d(images, self.grid)
+        return self.dropout(maps.flatten(2).transpose(1, 2) * self.scale)
+"""
+
+
+def own_teacher(folder: Path, code: str, *changes: str, name: str = "Mean"):
+    """The teacher of a file with this code, on images of 6 x 6 patches of 8 pixels."""
+    (folder / "mine.py").write_text(code)
+    config = read_config(f"tokenizer.teacher={folder}/mine.py:{name}", "data.image_size=48", "model.patch_size=8",
+                         *changes)
+    return open_teacher(config), config
+
+
+def test_a_module_of_the_users_own_is_frozen_and_asked_as_it_is(tmp_path):
+    teacher, _ = own_teacher(tmp_path, GOOD)
+    images = torch.rand(2, 3, 48, 48)
+    features = teacher(images)
+    assert teacher.output_dim == 3 and not features.requires_grad and not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert torch.allclose(features[:, 7], images[:, :, 8:16, 8:16].mean(dim=(2, 3))), "patch 7 is the second of row two"
+
+
+@pytest.mark.parametrize("old, new, message", [
+    ("self.grid)", "self.grid + 1)", r"maps images \[2, 3, 48, 48\] to \[2, 49, 3\], not to \[2, 36, 3\]"),
+    ("self.dropout(maps", "tuple(maps", "returns a tuple: it must return a tensor"),
+    ("* self.scale)", "* float('nan'))", "numbers that are not finite"),
+    ("* self.scale)", "* 255).long()", "type torch.int64: features must be floating point"),
+    ("maps = ", "torch.set_grad_enabled(True); images.requires_grad_(); maps = ", "keeps a gradient"),
+    ("output_dim = 3", "width = 3", "needs an attribute `output_dim`"),
+    ("class Mean(torch.nn.Module)", "class Other(torch.nn.Module)", "has no function or class 'Mean'; it has Other"),
+    ("class Mean(torch.nn.Module)", "def Mean(grid, size): return 7\nclass Other(torch.nn.Module)",
+     r"Mean\(grid, image_size\) of '.*mine.py' must return an nn.Module, not a int"),
+    ("import torch", "import sys; sys.path = []", "the code of the teacher '.*' ended with NameError"),
+    ("import torch", "import torch\nraise SystemExit('usage: mine.py')", r"ended with SystemExit \(usage: mine.py\)"),
+    ("import torch", "import torch, no_such_package", r"ended with ModuleNotFoundError \(No module named 'no_such_"),
+    ("super().__init__()", "super().__init__(); 1 / 0", r"Mean\(grid, image_size\) of the teacher .* with ZeroDiv"),
+    ("maps = ", "raise ValueError('bad weather'); maps = ", r"forward of the teacher '.*' ended with ValueError \(bad"),
+])
+def test_a_misfit_of_the_users_module_is_one_sentence_with_the_files_name(tmp_path, capfd, old, new, message):
+    assert old in GOOD
+    path, was_on = list(sys.path), torch.is_grad_enabled()
+    with pytest.raises(UserError, match=message) as error:
+        own_teacher(tmp_path, GOOD.replace(old, new, 1))
+    sys.path[:] = path
+    assert torch.is_grad_enabled() == was_on
+    assert "mine.py" in str(error.value)
+    ended = "ended with" in str(error.value)
+    shown = capfd.readouterr().err
+    assert ("Traceback" in shown and "mine.py" in shown) == ended, "its own traceback, and no other"
+
+
+def test_a_file_or_a_name_that_is_missing_is_refused_when_the_configuration_is_read(tmp_path):
+    (tmp_path / "mine.py").write_text(GOOD)
+    for value in ("nowhere.py:Mean", f"{tmp_path}/mine.py", f"{tmp_path}/mine.py:a b"):
+        with pytest.raises(UserError, match="must be FILE.py:NAME with a file that is there.*not '.*py"):
+            read_config(f"tokenizer.teacher={value}")
+
+
+def test_the_home_folder_may_be_written_short(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text(GOOD)
+    assert read_config("tokenizer.teacher=~/mine.py:Mean").tokenizer.teacher == f"{tmp_path}/mine.py:Mean"
+
+
+def test_options_that_a_module_of_the_users_own_cannot_heed_are_refused(tmp_path):
+    with pytest.raises(UserError, match="teacher_weights is not for the teacher '.*mine.py', which opens its weights"):
+        own_teacher(tmp_path, GOOD, "tokenizer.teacher_weights=weights.pt")
+    with pytest.raises(UserError, match="teacher_gelu=quick is for CLIP's weights, and .* is '.*mine.py:Mean'"):
+        own_teacher(tmp_path, GOOD, "tokenizer.teacher_gelu=quick")
+
+
+def test_a_cache_knows_the_file_and_the_weights_of_a_teacher(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+
+    def about(code=GOOD, folder=tmp_path):
+        teacher, config = own_teacher(folder, code)
+        return json.dumps(about_teacher(config, teacher), sort_keys=True)
+
+    assert about() == about() == about(folder=tmp_path / "elsewhere")
+    assert about() != about(GOOD + "# another file"), "what the code computes may have changed"
+    weights = "import torch; WEIGHT = torch.load('weight.pt')\n" + GOOD.replace("torch.ones(3)", "WEIGHT")
+    found = []
+    for value in (1.0, 2.0):
+        torch.save(torch.full([3], value), tmp_path / "weight.pt")
+        found.append(about(weights.replace("weight.pt", str(tmp_path / "weight.pt"))))
+    assert found[0] != found[1], "the same file with other weights"
+
+    hog, pixels = (read_config(f"tokenizer.teacher={name}") for name in ("hog", "pixels"))
+    assert about_teacher(hog, open_teacher(hog)) != about_teacher(pixels, open_teacher(pixels)), "both have no weights"
+    clip = TEACHERS["clip_vitb16"]
+    clip = dataclasses.replace(clip, size=(8, 1, 2), output_dim=6).build(grid=2)
+    quick, exact = (about_teacher(read_config("tokenizer.teacher=clip_vitb16", f"tokenizer.teacher_gelu={gelu}"), clip)
+                    for gelu in ("auto", "exact"))
+    assert quick != exact, "GELU has no weights"
+
+
+# -- The page on teachers -----------------------------------------------------------------------------------------
+
+
+def example(start: str) -> str:
+    """The Python block of docs/teachers.md that begins with this line."""
+    blocks = re.findall(r"```python\n(.*?)```", (CODE / "docs/teachers.md").read_text(), re.DOTALL)
+    return next(block for block in blocks if block.startswith(start))
+
+
+def test_the_page_names_all_teachers():
+    page = (CODE / "docs/teachers.md").read_text()
+    assert all(name.removesuffix("_reg") in page for name in TEACHERS)
+
+
+@pytest.mark.parametrize("grid", [6, 14])
+def test_the_pages_torchvision_teacher(tmp_path, monkeypatch, grid):
+    """Patch i of the teacher is patch i of ours, and its features are those of torchvision's own encoder."""
+    def small(image_size=224):  # one layer, and so quick; what the page relies on is the same
+        return models.VisionTransformer(image_size, 16, num_layers=1, num_heads=12, hidden_dim=768, mlp_dim=64)
+
+    monkeypatch.setattr(models, "vit_b_16", small)
+    torch.manual_seed(0)
+    vit = small()
+    torch.save(vit.state_dict(), tmp_path / "weights.pth")
+    code = example("import torch\n").replace("vit_b_16-c867db91.pth", str(tmp_path / "weights.pth"))
+    assert str(tmp_path) in code
+    teacher, config = own_teacher(tmp_path, code, f"data.image_size={8 * grid}", name="ViT")
+    images = torch.rand(1, 3, 16 * grid, 16 * grid)  # at the teacher's own size nothing is resized
+    features = teacher(images)
+    assert features.shape == (1, grid**2, 768)
+    if grid == 14:
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        with torch.no_grad():
+            patches = vit.eval().conv_proj((images - mean) / std).flatten(2).transpose(1, 2)
+            expected = vit.encoder(torch.cat([vit.class_token, patches], dim=1))[:, 1:]
+        assert torch.allclose(features, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("model, patch", [
+    ("vit_small_patch16_dinov3", 16), ("vit_base_patch32_siglip_256", 32), ("vit_small_patch14_reg4_dinov2", 14)])
+def test_the_pages_timm_teacher(tmp_path, model, patch):
+    """With registers, without [CLS], with other patches: grids agree, and features are those of forward_features."""
+    pytest.importorskip("timm", reason="timm is not installed")
+    code = example("import timm\n").replace("pretrained=True", "pretrained=False")
+    code += f"\n\ndef chosen(grid, image_size):\n    return Timm('{model}', grid, dynamic_img_size=True)\n"
+    torch.manual_seed(0)
+    teacher, _ = own_teacher(tmp_path, code, name="chosen")
+    own = teacher.module.model
+    assert teacher.module.size == 6 * patch
+    images = torch.rand(1, 3, 6 * patch, 6 * patch)
+    mean, std = (torch.tensor(own.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        expected = own.forward_features((images - mean) / std)[:, own.num_prefix_tokens:]
+    assert torch.allclose(teacher(images), expected, atol=1e-4)
+    assert expected.shape == (1, 36, teacher.output_dim)
