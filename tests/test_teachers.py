@@ -41,7 +41,7 @@ def read_config(*changes: str):
 def test_the_option_takes_what_stands_in_the_table():
     for name in TEACHERS:
         assert read_config(f"tokenizer.teacher={name}").tokenizer.teacher == name
-    with pytest.raises(UserError, match=r"FILE.py:NAME, or one of clip_vitb16, .*the nearest is 'dinov2_vits14'\), not"):
+    with pytest.raises(UserError, match=r"FILE.py:NAME, or one of clip_vitb16, .*nearest is 'dinov2_vits14'\), not"):
         read_config("tokenizer.teacher=dinov2_vit14")
 
 
