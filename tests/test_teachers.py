@@ -402,6 +402,9 @@ def test_a_cache_knows_the_file_and_the_weights_of_a_teacher(tmp_path):
         found.append(about(weights.replace("weight.pt", str(tmp_path / "weight.pt"))))
     assert found[0] != found[1], "the same file with other weights"
 
+    half = GOOD.replace("torch.ones(3)", "torch.ones(3, dtype=torch.bfloat16)")
+    assert about(half) != about(half + "# and its weights are read in any type")
+
     hog, pixels = (read_config(f"tokenizer.teacher={name}") for name in ("hog", "pixels"))
     assert about_teacher(hog, open_teacher(hog)) != about_teacher(pixels, open_teacher(pixels)), "both have no weights"
     clip = TEACHERS["clip_vitb16"]
@@ -411,58 +414,67 @@ def test_a_cache_knows_the_file_and_the_weights_of_a_teacher(tmp_path):
     assert quick != exact, "GELU has no weights"
 
 
-# -- The page on teachers -----------------------------------------------------------------------------------------
+# -- The examples in the documents --------------------------------------------------------------------------------
 
 
-def example(start: str) -> str:
-    """The Python block of docs/teachers.md that begins with this line."""
-    blocks = re.findall(r"```python\n(.*?)```", (CODE / "docs/teachers.md").read_text(), re.DOTALL)
-    return next(block for block in blocks if block.startswith(start))
+def example(document: str, line: str) -> str:
+    """The Python block of a document that holds this line."""
+    blocks = re.findall(r"```python\n(.*?)```", (CODE / document).read_text(), re.DOTALL)
+    found = [block for block in blocks if f"{line}\n" in block]
+    assert len(found) == 1, f"{document} has {len(found)} examples with '{line}'"
+    return found[0]
 
 
-def test_the_page_names_all_teachers():
+def test_the_page_on_teachers_names_all_of_them():
     page = (CODE / "docs/teachers.md").read_text()
     assert all(name.removesuffix("_reg") in page for name in TEACHERS)
 
 
 @pytest.mark.parametrize("grid", [6, 14])
-def test_the_pages_torchvision_teacher(tmp_path, monkeypatch, grid):
+def test_readmes_torchvision_teacher(tmp_path, monkeypatch, grid):
     """Patch i of the teacher is patch i of ours, and its features are those of torchvision's own encoder."""
-    def small(image_size=224):  # one layer, and so quick; what the page relies on is the same
+    def small(image_size=224):  # one layer, and so quick; what the example relies on is the same
         return models.VisionTransformer(image_size, 16, num_layers=1, num_heads=12, hidden_dim=768, mlp_dim=64)
 
-    monkeypatch.setattr(models, "vit_b_16", small)
+    monkeypatch.setattr(models.vision_transformer, "vit_b_16", small)
     torch.manual_seed(0)
     vit = small()
-    torch.save(vit.state_dict(), tmp_path / "weights.pth")
-    code = example("import torch\n").replace("vit_b_16-c867db91.pth", str(tmp_path / "weights.pth"))
-    assert str(tmp_path) in code
-    teacher, config = own_teacher(tmp_path, code, f"data.image_size={8 * grid}", name="ViT")
+    torch.save(vit.state_dict(), tmp_path / "vit_b_16.pth")
+    monkeypatch.chdir(tmp_path)
+    code = example("README.md", "class ViT(torch.nn.Module):")
+    teacher, _ = own_teacher(tmp_path, code, f"data.image_size={8 * grid}", name="ViT")
     images = torch.rand(1, 3, 16 * grid, 16 * grid)  # at the teacher's own size nothing is resized
     features = teacher(images)
     assert features.shape == (1, grid**2, 768)
     if grid == 14:
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         with torch.no_grad():
-            patches = vit.eval().conv_proj((images - mean) / std).flatten(2).transpose(1, 2)
-            expected = vit.encoder(torch.cat([vit.class_token, patches], dim=1))[:, 1:]
+            tokens = vit.eval().get_submodule("conv_proj")((images - mean) / std).flatten(2).transpose(1, 2)
+            expected = vit.encoder(torch.cat([vit.class_token, tokens], dim=1))[:, 1:]
         assert torch.allclose(features, expected, atol=1e-4)
+
+
+def test_the_spectrum_teacher(tmp_path):
+    teacher, _ = own_teacher(tmp_path, example("docs/change.md", "class Spectrum(torch.nn.Module):"), name="Spectrum")
+    waves = torch.sin(torch.arange(48) * 2 * math.pi / 4).expand(1, 3, 48, 48)  # two periods in each patch of 8
+    assert (teacher(waves).argmax(dim=-1) == 2).all()
 
 
 @pytest.mark.parametrize("model, patch", [
     ("vit_small_patch16_dinov3", 16), ("vit_base_patch32_siglip_256", 32), ("vit_small_patch14_reg4_dinov2", 14)])
-def test_the_pages_timm_teacher(tmp_path, model, patch):
-    """With registers, without [CLS], with other patches: grids agree, and features are those of forward_features."""
+def test_the_timm_teacher(tmp_path, model, patch):
+    """With registers, without [CLS], with other patches: grids agree, and features are those of timm's own way."""
     pytest.importorskip("timm", reason="timm is not installed")
-    code = example("import timm\n").replace("pretrained=True", "pretrained=False")
-    code += f"\n\ndef chosen(grid, image_size):\n    return Timm('{model}', grid, dynamic_img_size=True)\n"
+    code = example("docs/change.md", "class Timm(torch.nn.Module):")
+    assert "pretrained=True" in code
+    code = code.replace("pretrained=True", "pretrained=False")
+    code += f"\n\ndef chosen(grid, image_size):\n    return Timm(grid, image_size, '{model}')\n"
     torch.manual_seed(0)
     teacher, _ = own_teacher(tmp_path, code, name="chosen")
     own = teacher.module.model
-    assert teacher.module.size == 6 * patch
     images = torch.rand(1, 3, 6 * patch, 6 * patch)
     mean, std = (torch.tensor(own.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     with torch.no_grad():
-        expected = own.forward_features((images - mean) / std)[:, own.num_prefix_tokens:]
-    assert torch.allclose(teacher(images), expected, atol=1e-4)
-    assert expected.shape == (1, 36, teacher.output_dim)
+        maps = own.forward_intermediates((images - mean) / std, indices=1, norm=True, intermediates_only=True)[0]
+    assert maps.shape == (1, teacher.output_dim, 6, 6), "a patch for each of ours"
+    assert torch.allclose(teacher(images), maps.flatten(2).transpose(1, 2), atol=1e-4)
