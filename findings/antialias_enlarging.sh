@@ -18,7 +18,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 python3 -m venv venv
-venv/bin/pip install --quiet torch==2.14.1 torchvision==0.29.1 timm==1.0.31
+venv/bin/pip install --quiet --no-compile torch==2.14.1 torchvision==0.29.1 timm==1.0.31
 venv/bin/python - <<'PY'
 import torch
 import torch.nn.functional as F

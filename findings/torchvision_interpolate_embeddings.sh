@@ -16,7 +16,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 python3 -m venv venv
-venv/bin/pip install --quiet torch==2.14.1 torchvision==0.29.1
+venv/bin/pip install --quiet --no-compile torch==2.14.1 torchvision==0.29.1
 venv/bin/python - <<'PY'
 from collections import OrderedDict
 

@@ -181,7 +181,7 @@ def interpolate_positions(positions: Tensor, grid: int, antialias: bool) -> Tens
     were published with `antialias`, and are resized to the size. At the grid of the training nothing changes.
     """
     g = math.isqrt(positions.shape[1] - 1)
-    if g == grid:
+    if g == grid or g**2 != positions.shape[1] - 1:  # no square grid: load_pretrained will say that they do not fit
         return positions
     places = positions[:, 1:].float().unflatten(1, (g, g)).permute(0, 3, 1, 2)  # [1, D, g, g]
     how = dict(size=(grid, grid), antialias=True) if antialias else dict(scale_factor=(grid + 0.1) / g)
@@ -266,10 +266,11 @@ def open_beitv2(config) -> Teacher:
     content = read_checkpoint(path)
     try:
         model = ModelConfig(**content["config"]["model"])
+        shape = model.backbone(grid_of(config) * model.patch_size)
     except (KeyError, TypeError):  # another program's file may hold anything under these names
         raise UserError(f"'{path}' does not say what model it holds: the teacher 'beitv2' must be a checkpoint "
                         f"that pretrain.py wrote") from None
-    backbone = VisionTransformer(**model.backbone(grid_of(config) * model.patch_size))
+    backbone = VisionTransformer(**shape)
     say(load_pretrained(backbone, content, source=str(path)))
     return Teacher(backbone, data.IMAGENET_MEAN, data.IMAGENET_STD)
 

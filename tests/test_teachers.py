@@ -301,6 +301,33 @@ def test_clip_weights_without_an_image_tower_are_refused():
         rename_clip_keys({"transformer.x": torch.zeros(1)})
 
 
+@pytest.mark.parametrize("content", [{}, {"config": None}, {"config": "base.yaml"}, {"config": {"model": None}},
+                                     {"config": {"model": {"arch": "beit"}}}, {"config": {"model": {"size": "huge"}}}])
+def test_a_student_that_another_program_wrote_is_refused(tmp_path, content):
+    torch.save({"model": {"norm.weight": torch.ones(2)}} | content, tmp_path / "student.pt")
+    config = read_config("tokenizer.teacher=beitv2", f"tokenizer.teacher_weights={tmp_path / 'student.pt'}")
+    with pytest.raises(UserError, match="student.pt' does not say what model it holds"):
+        open_teacher(config)
+    with pytest.raises(UserError, match="needs a pre-trained checkpoint: set tokenizer.teacher_weights=PATH"):
+        open_teacher(read_config("tokenizer.teacher=beitv2"))
+
+
+def test_a_student_of_ours_is_a_teacher(tmp_path):
+    """Rebuilt from what its checkpoint says, on the tokenizer's grid, whatever the patches of the next student."""
+    torch.manual_seed(0)
+    section = dict(embed_dim=8, depth=1, num_heads=2, patch_size=4, rel_pos_bias=False, abs_pos_embed=True)
+    student = beitv2.MaskedImageModel(vocab_size=5, early_layers=1, head_layers=0,
+                                      **beitv2.ModelConfig(**section).backbone(24, tables="shared"))
+    torch.save({"model": student.state_dict(), "config": {"model": section}}, tmp_path / "student.pt")
+    teacher = open_teacher(read_config("tokenizer.teacher=beitv2", "data.image_size=48", "model.patch_size=8",
+                                       f"tokenizer.teacher_weights={tmp_path / 'student.pt'}"))
+    images = torch.rand(2, 3, 24, 24)
+    with torch.no_grad():
+        expected = student.features((images - torch.tensor(teacher.mean).view(3, 1, 1))
+                                    / torch.tensor(teacher.std).view(3, 1, 1))
+    assert torch.allclose(teacher(images), expected[:, 1:], atol=1e-5) and teacher.output_dim == 8
+
+
 # -- Modules of the user's own ------------------------------------------------------------------------------------
 
 GOOD = """
