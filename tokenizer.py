@@ -57,7 +57,7 @@ from support.optimizers import clip_gradients, make_optimizer
 from support.options import Amount, Beta, Count, Natural, PathText, Share, TrainConfig, load_config
 from support.processes import all_reduce_sum, gather_in_order, say, world_size
 from support.run import Run
-from support.teachers import about_teacher, open_teacher
+from support.teachers import TeacherName, about_teacher, open_teacher
 
 
 @dataclass
@@ -75,9 +75,9 @@ class TokenizerConfig(TrainConfig):
     warmup_epochs: Amount = 10
     betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: Amount = 1e-4
-    teacher: Literal["clip_vitb16", "dino_vits16", "dino_vitb16", "dinov2_vits14", "dinov2_vitb14",
-                     "dinov2_vits14_reg", "dinov2_vitb14_reg", "hog", "pixels", "beitv2"] = "clip_vitb16"  # Act 1
+    teacher: TeacherName = "clip_vitb16"  # or another one of docs/teachers.md, or FILE.py:NAME
     teacher_weights: PathText = ""  # path of the teacher's weights; empty: its public URL. `beitv2` needs one of ours
+    teacher_gelu: Literal["auto", "quick", "exact"] = "auto"  # of CLIP; auto: quick, as OpenAI's. LAION's want exact
     encoder: Literal["vqkd", "teacher"] = "vqkd"  # teacher: no VQ-KD, but k-means of the teacher's own features
     size: Literal["tiny", "small", "base", "large"] = "base"  # of the encoder; the three below override it
     embed_dim: Count | None = None  # width of encoder and decoder

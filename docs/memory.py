@@ -37,7 +37,7 @@ from beitv2 import Classifier, masked_positions, score, take  # noqa: E402
 from support.launch import launch  # noqa: E402
 from support.optimizers import make_optimizer  # noqa: E402
 from support.options import load_config  # noqa: E402
-from support.teachers import TEACHERS, build_teacher  # noqa: E402
+from support.teachers import TEACHERS  # noqa: E402
 
 SECTIONS = vqkd.SECTIONS | pretrain.SECTIONS | finetune.SECTIONS
 IMAGES = (16, 32, 64, 128)  # of one forward pass
@@ -84,9 +84,7 @@ def half_precision() -> torch.autocast:
 
 
 def tokenizer_stage(config):
-    name = config.tokenizer.teacher
-    grid = config.data.image_size // config.model.patch_size
-    teacher = build_teacher(name, grid, TEACHERS[name][2])
+    teacher = TEACHERS[config.tokenizer.teacher].build(config.data.image_size // config.model.patch_size)
     model = vqkd.build_vqkd(config, teacher.output_dim)
 
     def loss_of(images: Tensor) -> Tensor:

@@ -154,7 +154,8 @@ def make_file(path: Path, shape: tuple[int, ...], dtype: str) -> None:
 
 def digest(model: nn.Module) -> str:
     """SHA-256 of a model's weights, by which a cache knows whose answers it holds."""
-    return hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values())).hexdigest()
+    values = (value.cpu().flatten().view(torch.uint8) for value in model.state_dict().values())  # numpy knows no bf16
+    return hashlib.sha256(b"".join(value.numpy().tobytes() for value in values)).hexdigest()
 
 
 def cache_folder(config) -> Path | None:

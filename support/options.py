@@ -225,8 +225,11 @@ def convert(value: Any, kind: Any) -> Any:
             raise ValueError("a path that begins with ~/ or with ~ and a user's name (or with ./~ for a file ~NAME)")
         return path
     if origin is Annotated:
-        kind, smallest, largest = arguments
+        kind, *limits = arguments
         value = convert(value, kind)
+        if callable(limits[0]):  # a check of the option's own, which returns the value
+            return limits[0](value)
+        smallest, largest = limits
         if not smallest <= value <= largest:
             raise ValueError(f"at least {smallest}" + (f" and at most {largest}" if largest < math.inf else ""))
         return value

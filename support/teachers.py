@@ -1,19 +1,41 @@
+"""The frozen teachers of stage 1: what they compute, where their weights are published, and how these get our names.
+
+No reader of the method needs this file: a teacher is any module with `output_dim` that maps images in [0,1],
+[B, 3, S, S], to one feature for each patch, [B, N, output_dim].
+"""
+
+import contextlib
+import difflib
+import io
 import math
+import pickle
+import runpy
+import sys
+import traceback
+import types
+import zipfile
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-from beitv2 import SIZES, ModelConfig, ModelError, VisionTransformer, load_pretrained, read_checkpoint
-from support.errors import UserError
+from beitv2 import (SIZES, LoadReport, ModelConfig, ModelError, VisionTransformer, load_pretrained, model_state,
+                    read_checkpoint)
+from support.errors import UserError, explained, one_line
+from support.files import fetch, file_sha256, save_atomically
 from support.frozen import digest
-from support.files import fetch, file_sha256
+from support.launch import launch
 from support.processes import say
 
-
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Act 1. What teachers compute
 
 
 class Teacher(nn.Module):
@@ -31,7 +53,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.backbone, self.mean, self.std = backbone, mean, std
         self.projection = nn.Linear(backbone.embed_dim, output_dim, bias=False) if output_dim else nn.Identity()
-        self.patch_size, self.output_dim = backbone.patch_size, output_dim or backbone.embed_dim
+        self.output_dim = output_dim or backbone.embed_dim
         self.requires_grad_(False).eval()
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -109,24 +131,8 @@ class Pixels(nn.Module):
         return F.layer_norm(patches, patches.shape[-1:], eps=1e-3)
 
 
-DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{0}/{0}{1}_pretrain.pth"
-
-
-# name: where its weights are published, the SHA-256 if known, and what `VisionTransformer` must be for it
-TEACHERS = {
-    "clip_vitb16": ("https://openaipublic.azureedge.net/clip/models/"
-                    "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
-                    "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
-                    dict(size="base", patch_size=16, output_dim=512)),
-    "dino_vits16": ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", "",
-                    dict(size="small", patch_size=16)),
-    "dino_vitb16": ("https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "",
-                    dict(size="base", patch_size=16)),
-    "dinov2_vits14": (DINOV2_URL.format("dinov2_vits14", ""), "", dict(size="small", patch_size=14)),
-    "dinov2_vitb14": (DINOV2_URL.format("dinov2_vitb14", ""), "", dict(size="base", patch_size=14)),
-    "dinov2_vits14_reg": (DINOV2_URL.format("dinov2_vits14", "_reg4"), "", dict(size="small", patch_size=14)),
-    "dinov2_vitb14_reg": (DINOV2_URL.format("dinov2_vitb14", "_reg4"), "", dict(size="base", patch_size=14)),
-}
+# ----------------------------------------------------------------------------------------------------------------
+# Act 2. Published weights under our names
 
 
 def rename_clip_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -163,65 +169,321 @@ def split_qkv_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
+def interpolate_positions(positions: Tensor, grid: int, antialias: bool) -> Tensor:
+    """Position embeddings [1, 1 + g^2, D] at another grid, [1, 1 + grid^2, D], by the way of their authors.
+
+    The teachers were trained with one grid: 14 x 14 for CLIP and DINO, 37 x 37 for DINOv2, which is never ours. Other
+    positions than those that the authors' own code computes would make a worse teacher, and nothing would tell.
+
+    Their code enlarges by the *factor* (grid + .1) / g; the .1 was to keep the rounded result from being one too small.
+    So the places that are read lie a little closer together than those of a resizing to the *size* grid. This is so in
+    the code of DINO, of DINOv2, and of VQ-KD, which the paper's authors use for CLIP. DINOv2's models with registers
+    were published with `antialias`, and are resized to the size. At the grid of the training nothing changes.
+    """
+    g = math.isqrt(positions.shape[1] - 1)
+    if g == grid or g**2 != positions.shape[1] - 1:  # no square grid: load_pretrained will say that they do not fit
+        return positions
+    places = positions[:, 1:].float().unflatten(1, (g, g)).permute(0, 3, 1, 2)  # [1, D, g, g]
+    how = dict(size=(grid, grid), antialias=True) if antialias else dict(scale_factor=(grid + 0.1) / g)
+    places = F.interpolate(places, mode="bicubic", **how)
+    return torch.cat([positions[:, :1], places.flatten(2).transpose(1, 2)], dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Act 3. The table of teachers
+
+
+@dataclass(frozen=True)
+class Published:
+    """A teacher whose weights are published. Called with the configuration, it opens them: see `open_teacher`.
+
+    url, sha256    where they are, and their sum if it is known
+    rename         puts the tensors of such a file under our names
+    size           a name of SIZES, or (width, blocks, heads)
+    switches       further arguments of VisionTransformer
+    output_dim     width of a projection after the final norm; None if there is none
+    mean, std      how it normalises images
+    antialias      how its positions come to another grid, see interpolate_positions
+    """
+
+    url: str
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    size: str | tuple[int, int, int]
+    patch_size: int
+    switches: dict = field(default_factory=dict)
+    output_dim: int | None = None
+    mean: tuple = data.IMAGENET_MEAN
+    std: tuple = data.IMAGENET_STD
+    antialias: bool = False
+    sha256: str = ""
+
+    def build(self, grid: int) -> Teacher:
+        """The teacher without its weights, for images of grid x grid patches."""
+        width, depth, heads = SIZES[self.size] if isinstance(self.size, str) else self.size
+        backbone = VisionTransformer(image_size=grid * self.patch_size, patch_size=self.patch_size, embed_dim=width,
+                                     depth=depth, num_heads=heads, abs_pos_embed=True, **self.switches)
+        return Teacher(backbone, self.mean, self.std, self.output_dim)
+
+    def __call__(self, config) -> Teacher:
+        weights = config.tokenizer.teacher_weights
+        path = fetch(weights, "tokenizer.teacher_weights") if weights else \
+            fetch(self.url, "tokenizer.teacher_weights", self.sha256)
+        published = self
+        if "quick_gelu" in self.switches:
+            quick = uses_quick_gelu(config.tokenizer.teacher_gelu, path, self.sha256)
+            published = replace(self, switches=self.switches | dict(quick_gelu=quick))
+        teacher = published.build(grid_of(config))
+        say(self.load(teacher, read_weights(path), source=str(path)))
+        return teacher
+
+    def load(self, teacher: Teacher, weights: dict[str, Tensor], source: str) -> LoadReport:
+        """Copy published weights into a teacher that `build` has made, their positions brought to its grid."""
+        state, name = self.rename(weights), "backbone.pos_embed"
+        published = state.get(name)
+        if published is not None:
+            state[name] = interpolate_positions(published, teacher.backbone.grid, self.antialias)
+        report = load_pretrained(teacher, state, source)
+        if state.get(name) is not published:
+            report.resized.append(name)
+        return report
+
+
+def uses_quick_gelu(choice: str, path: Path, openai_sha256: str) -> bool:
+    """Which GELU CLIP weights were trained with: names and shapes are the same, and a wrong one costs in silence."""
+    if choice != "auto":
+        say(f"{'QuickGELU' if choice == 'quick' else 'exact GELU'} is used, as tokenizer.teacher_gelu says")
+    elif file_sha256(path) != openai_sha256:
+        say(f"QuickGELU is assumed, since OpenAI's CLIP has it and the sum of '{path}' does not tell whose weights it "
+            f"holds; set tokenizer.teacher_gelu=exact for weights trained with exact GELU, such as LAION's")
+    return choice != "exact"
+
+
+def open_beitv2(config) -> Teacher:
+    """One of our own pre-trained checkpoints, which says what its backbone is."""
+    if not config.tokenizer.teacher_weights:
+        raise UserError("the teacher 'beitv2' needs a pre-trained checkpoint: set tokenizer.teacher_weights=PATH")
+    path = fetch(config.tokenizer.teacher_weights, "tokenizer.teacher_weights")
+    content = read_checkpoint(path)
+    try:
+        model = ModelConfig(**content["config"]["model"])
+        shape = model.backbone(grid_of(config) * model.patch_size)
+    except (KeyError, TypeError):  # another program's file may hold anything under these names
+        raise UserError(f"'{path}' does not say what model it holds: the teacher 'beitv2' must be a checkpoint "
+                        f"that pretrain.py wrote") from None
+    backbone = VisionTransformer(**shape)
+    say(load_pretrained(backbone, content, source=str(path)))
+    return Teacher(backbone, data.IMAGENET_MEAN, data.IMAGENET_STD)
+
+
+OPENAI_SHA256 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
+OPENAI_URL = f"https://openaipublic.azureedge.net/clip/models/{OPENAI_SHA256}/ViT-B-16.pt"
+DINO_URL = "https://dl.fbaipublicfiles.com/dino/{0}_pretrain/{0}_pretrain.pth"
+DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{0}/{0}{1}_pretrain.pth"
+CLIP = dict(pre_norm=True, quick_gelu=True, norm_eps=1e-5)
+DINOV2 = dict(layer_scale=1.0)  # whatever is not 0: its values come from the file
+REGISTERS = DINOV2 | dict(num_registers=4)
+
+# All values of tokenizer.teacher, but for FILE.py:NAME, and how each is opened: a function of the configuration.
+TEACHERS = {
+    "clip_vitb16": Published(OPENAI_URL, rename_clip_keys, "base", 16, CLIP, output_dim=512, mean=CLIP_MEAN,
+                             std=CLIP_STD, sha256=OPENAI_SHA256),
+    "dino_vits16": Published(DINO_URL.format("dino_deitsmall16"), rename_dino_keys, "small", 16),
+    "dino_vitb16": Published(DINO_URL.format("dino_vitbase16"), rename_dino_keys, "base", 16),
+    "dinov2_vits14": Published(DINOV2_URL.format("dinov2_vits14", ""), rename_dino_keys, "small", 14, DINOV2),
+    "dinov2_vitb14": Published(DINOV2_URL.format("dinov2_vitb14", ""), rename_dino_keys, "base", 14, DINOV2),
+    "dinov2_vits14_reg": Published(DINOV2_URL.format("dinov2_vits14", "_reg4"), rename_dino_keys, "small", 14,
+                                   REGISTERS, antialias=True),
+    "dinov2_vitb14_reg": Published(DINOV2_URL.format("dinov2_vitb14", "_reg4"), rename_dino_keys, "base", 14,
+                                   REGISTERS, antialias=True),
+    "hog": lambda config: HOG(config.model.patch_size),
+    "pixels": lambda config: Pixels(config.model.patch_size),
+    "beitv2": open_beitv2,
+}
+
+
+def valid_teacher(value: str) -> str:
+    """What tokenizer.teacher may be; the ValueError says what it must be."""
+    file, _, name = value.rpartition(":")
+    if value in TEACHERS:
+        return value
+    if Path(file).expanduser().is_file() and file.endswith(".py") and name.isidentifier():
+        return f"{Path(file).expanduser()}:{name}"
+    if ".py" in value:
+        raise ValueError("FILE.py:NAME with a file that is there, and a name in it")
+    nearest = difflib.get_close_matches(value, TEACHERS, n=1, cutoff=0)[0]
+    raise ValueError(f"FILE.py:NAME, or one of {', '.join(TEACHERS)} (the nearest is '{nearest}')")
+
+
+TeacherName = Annotated[str, valid_teacher]  # the type of the option tokenizer.teacher
+
+
+def grid_of(config) -> int:
+    """Patches along a side of the tokenizer's images."""
+    return config.data.image_size // config.model.patch_size
+
+
 def open_teacher(config) -> nn.Module:
     """The teacher that `tokenizer.teacher` names, its patch grid that of the tokenizer. Raises UserError."""
-    name, weights = config.tokenizer.teacher, config.tokenizer.teacher_weights
-    grid = config.data.image_size // config.model.patch_size
-    if name in ("hog", "pixels"):
-        return {"hog": HOG, "pixels": Pixels}[name](config.model.patch_size)
-    if name == "beitv2":  # one of our own checkpoints, which says what its backbone is
-        if not weights:
-            raise UserError("the teacher 'beitv2' needs a pre-trained checkpoint: set tokenizer.teacher_weights=PATH")
-        path = fetch(weights, "tokenizer.teacher_weights")
-        content = read_checkpoint(path)
-        if "config" not in content:
-            raise UserError(f"'{path}' does not say what model it holds: the teacher 'beitv2' must be a checkpoint "
-                            f"that pretrain.py wrote")
-        model = ModelConfig(**content["config"]["model"])
-        backbone = VisionTransformer(**model.backbone(grid * model.patch_size))
-        say(load_pretrained(backbone, content, source=str(path)))
-        return Teacher(backbone, data.IMAGENET_MEAN, data.IMAGENET_STD)
-
-    url, sha256, shape = TEACHERS[name]
-    path = fetch(weights or url, "tokenizer.teacher_weights", sha256)
-    if name == "clip_vitb16":
-        state = rename_clip_keys(read_clip(path, sha256))
-    else:
-        state = rename_dino_keys(read_checkpoint(path))
-    teacher = build_teacher(name, grid, shape)
-    say(load_pretrained(teacher, state, source=str(path)))
-    return teacher
-
-
-def build_teacher(name: str, grid: int, shape: dict) -> Teacher:
-    """An untrained teacher: `shape` is its size (a name of SIZES, or width, depth, heads), patch size, projection."""
-    size, patch_size = shape["size"], shape["patch_size"]
-    width, depth, heads = SIZES[size] if isinstance(size, str) else size
-    options = dict(image_size=grid * patch_size, patch_size=patch_size, embed_dim=width, depth=depth, num_heads=heads,
-                   abs_pos_embed=True)
-    if name.startswith("clip"):
-        backbone = VisionTransformer(pre_norm=True, quick_gelu=True, norm_eps=1e-5, **options)
-        return Teacher(backbone, CLIP_MEAN, CLIP_STD, shape["output_dim"])
-    if name.startswith("dinov2"):
-        options |= dict(layer_scale=1.0, num_registers=4 if name.endswith("_reg") else 0)
-    return Teacher(VisionTransformer(**options), data.IMAGENET_MEAN, data.IMAGENET_STD)
-
-
-def read_clip(path: Path, sha256: str) -> dict[str, Tensor]:
-    """CLIP's weights from a plain state dict, or from OpenAI's archive.
-
-    That archive is TorchScript, which is code. It is opened only if it is, by its SHA-256, the file OpenAI published.
-    """
-    try:
-        return read_checkpoint(path)
-    except ModelError:
-        if file_sha256(path) != sha256:
-            raise UserError(f"'{path}' is neither a plain state dict nor OpenAI's ViT-B-16.pt (SHA-256 "
-                            f"{sha256[:12]}…): download it again, or set tokenizer.teacher_weights to another file") \
-                from None
-    return torch.jit.load(path, map_location="cpu").state_dict()
+    name, gelu = config.tokenizer.teacher, config.tokenizer.teacher_gelu
+    opener = TEACHERS.get(name, open_own)
+    if gelu != "auto" and "quick_gelu" not in getattr(opener, "switches", ()):
+        raise UserError(f"tokenizer.teacher_gelu={gelu} is for CLIP's weights, and the teacher is '{name}': set it to "
+                        f"auto")
+    return opener(config)
 
 
 def about_teacher(config, teacher: nn.Module) -> dict:
-    """What the features of a teacher depend on, in plain values."""
-    return dict(teacher=config.tokenizer.teacher, weights=digest(teacher))
+    """All that a teacher's features depend on beside the images, in plain values: for the key of a cache."""
+    name = config.tokenizer.teacher
+    about = dict(weights=digest(teacher), exact_gelu=config.tokenizer.teacher_gelu == "exact")
+    if name in TEACHERS:
+        return about | dict(teacher=name)
+    file, _, name = name.rpartition(":")  # not the file's place, but what stands in it
+    return about | dict(teacher=name, file=file_sha256(Path(file)))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Act 4. A module of the user's own
+
+
+class OwnTeacher(nn.Module):
+    """A module from the user's `file`, frozen. An exception in it is shown as what it is, with the file's name."""
+
+    def __init__(self, module: nn.Module, file: str):
+        super().__init__()
+        self.module, self.file, self.output_dim = module, file, module.output_dim
+        self.requires_grad_(False).eval()
+
+    @torch.compiler.disable  # any program may stand in it, also one that cannot be compiled
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        with own_code(self.file, "forward"):
+            return self.module(images)
+
+
+@contextlib.contextmanager
+def own_code(file: str, part: str) -> Iterator[None]:
+    """Around code of the user's file: its exceptions show their own traceback, and then one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:  # `launch` has advice
+        raise
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        raise UserError(f"{part} of the teacher '{file}' ended with {type(error).__name__} ({one_line(error)}): its "
+                        f"traceback stands above, so mend it there") from None
+
+
+def open_own(config) -> OwnTeacher:
+    """The module that FILE.py:NAME makes, after a look at what it says of one batch. The file is run as it is."""
+    file, _, name = config.tokenizer.teacher.rpartition(":")
+    grid, size = grid_of(config), config.data.image_size
+    if config.tokenizer.teacher_weights:
+        raise UserError(f"tokenizer.teacher_weights is not for the teacher '{file}', which opens its weights itself: "
+                        f"leave it empty")
+    with own_code(file, "the code"):
+        names = runpy.run_path(file)
+    if not callable(names.get(name)):
+        own = ", ".join(key for key, value in names.items() if callable(value) and not key.startswith("_"))
+        raise UserError(f"'{file}' has no function or class '{name}'; it has {own or 'none'}")
+    with own_code(file, f"{name}(grid, image_size)"):
+        module = names[name](grid, size)
+    if not isinstance(module, nn.Module):
+        raise UserError(f"{name}(grid, image_size) of '{file}' must return an nn.Module, not a "
+                        f"{type(module).__name__}")
+    if not isinstance(getattr(module, "output_dim", None), int):
+        raise UserError(f"the module of {name} in '{file}' needs an attribute `output_dim`, the width of its features: "
+                        f"a whole number")
+
+    teacher, expected = OwnTeacher(module, file), [2, grid**2, module.output_dim]
+    features = teacher(torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)))
+    if not isinstance(features, Tensor):
+        problem = f"returns a {type(features).__name__}: it must return a tensor"
+    elif list(features.shape) != expected:
+        problem = (f"maps images [2, 3, {size}, {size}] to {list(features.shape)}, not to {expected}: it must return a "
+                   f"vector of output_dim for each patch of a grid of {grid} x {grid}, without [CLS] and registers")
+    elif not features.is_floating_point():
+        problem = f"returns numbers of type {features.dtype}: features must be floating point"
+    elif features.requires_grad:
+        problem = "keeps a gradient: take torch.enable_grad out of its forward"
+    elif not features.isfinite().all():
+        problem = "returns numbers that are not finite, of an ordinary image in [0,1]: look at its weights"
+    else:
+        return teacher
+    raise UserError(f"the teacher {name} of '{file}' {problem}")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Act 5. OpenAI's archive
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The named tensors of a checkpoint, or of a TorchScript archive such as OpenAI's ViT-B-16.pt."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if folder := [name for name in archive.namelist() if name.endswith("/constants.pkl")]:
+                with explained(f"cannot read the TorchScript archive '{path}'", "download it again, or set "
+                               "tokenizer.teacher_weights to a plain state dict", Exception):
+                    return named_tensors(ArchiveReader(archive, folder[0].removesuffix("constants.pkl")).load())
+    return model_state(read_checkpoint(path), str(path))
+
+
+class ArchiveReader(pickle.Unpickler):
+    """Reads what a TorchScript archive holds, without TorchScript, which is code (and which torch gives up).
+
+    The archive is a zip file. FOLDER/data.pkl is a pickle of the model: objects with attributes, some of them tensors,
+    whose bytes lie in FOLDER/data/. A pickle names the functions and classes that are to make its objects. An ordinary
+    reader would call whatever it names; this one knows the few names below, and nothing of the archive is ever run.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, folder: str):
+        super().__init__(io.BytesIO(archive.read(f"{folder}data.pkl")))
+        self.archive, self.folder = archive, folder
+
+    def find_class(self, module: str, name: str):
+        if module.split(".")[0] == "__torch__":  # a class of the archive: its objects are read as bags of attributes
+            return types.SimpleNamespace
+        if module == "torch._utils" and name == "_rebuild_tensor_v2":
+            return lambda values, offset, size, stride, *_: values.as_strided(size, stride, offset)
+        if module == "torch" and name in STORED_TYPES:
+            return STORED_TYPES[name]
+        if module == "torch.jit._pickle":  # lists and dictionaries with the type of what they hold
+            return lambda value, *_: value
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+    def persistent_load(self, where: tuple) -> Tensor:
+        _, dtype, key, _, count = where
+        values = bytearray(self.archive.read(f"{self.folder}data/{key}"))
+        return torch.frombuffer(values, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
+
+
+STORED_TYPES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+                "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
+                "BoolStorage": torch.bool}
+
+
+def named_tensors(module: types.SimpleNamespace, prefix: str = "") -> dict[str, Tensor]:
+    """All tensors of a model from an archive, by their names in its state dict."""
+    found = {}
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor):
+            found[f"{prefix}{name}"] = value
+        elif isinstance(value, types.SimpleNamespace):
+            found |= named_tensors(value, f"{prefix}{name}.")
+    return found
+
+
+def convert_archive() -> None:
+    """`python -m support.teachers ViT-B-16.pt OUT.pt`: write an archive's tensors as a plain state dict."""
+    if len(sys.argv) != 3:
+        raise UserError("name two files: python -m support.teachers ViT-B-16.pt OUT.pt")
+    source, target = map(Path, sys.argv[1:])
+    weights = read_weights(source)
+    save_atomically(weights, target)
+    say(f"{len(weights)} tensors of {source} are now in {target}, a plain state dict")
+
+
+if __name__ == "__main__":
+    launch(convert_archive, ModelError)

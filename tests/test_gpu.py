@@ -26,7 +26,7 @@ import tokenizer as vqkd  # noqa: E402
 from support.launch import STOP_SIGNALS  # noqa: E402
 from support.options import load_config  # noqa: E402
 from support.run import Metrics, Run  # noqa: E402
-from support.teachers import TEACHERS, build_teacher  # noqa: E402
+from support.teachers import TEACHERS  # noqa: E402
 
 SCRIPTS = {"tokenizer": vqkd, "pretrain": pretrain, "finetune": finetune, "segment": segment}
 # 16 patches of 4 x 4 pixels. 20 images: two steps of two micro-batches of 4 an epoch, and 4 images too few for a third.
@@ -228,10 +228,8 @@ def test_the_papers_recipes_take_their_steps_on_a_gpu(start, fake_gpu, monkeypat
         return built
 
     monkeypatch.setattr(data.TrainView, "__getitem__", same_sample)
-    monkeypatch.setattr(vqkd, "open_teacher", lambda config: build_teacher(
-        "clip_vitb16", 14, TEACHERS["clip_vitb16"][2]))
-    for place, build in ((vqkd, "open_teacher"), (vqkd, "build_vqkd"), (pretrain, "build_model"),
-                         (finetune, "Classifier")):
+    monkeypatch.setattr(vqkd, "open_teacher", on_gpu(lambda config: TEACHERS["clip_vitb16"].build(grid=14)))
+    for place, build in ((vqkd, "build_vqkd"), (pretrain, "build_model"), (finetune, "Classifier")):
         monkeypatch.setattr(place, build, on_gpu(getattr(place, build)))
     with fake_gpu, pytest.raises(EpochDone):
         start(script, "compile=false", "precision=bf16", "data.dataset=shapes", f"data.train_images={2 * images}",

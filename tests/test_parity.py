@@ -4,6 +4,7 @@ The files lie in tests/fixtures/parity; the environment variable BEITV2_PARITY n
 format. All sizes are read from the files. Block masks have their statistics tested in test_data.py.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -21,11 +22,11 @@ from beitv2 import ALWAYS_DROPPED_ENDS, Classifier, MaskedImageModel, ModelConfi
 from beitv2 import parameter_groups  # noqa: E402
 from support.optimizers import cosine_schedule  # noqa: E402
 from support.run import seed_everything  # noqa: E402
-from support.teachers import Teacher, build_teacher, rename_clip_keys, rename_dino_keys  # noqa: E402
+from support.teachers import TEACHERS, Teacher  # noqa: E402
 
 TOLERANCE = 1e-5  # the design's: largest error over largest magnitude, per tensor
 FOLDER = Path(os.environ.get("BEITV2_PARITY") or Path(__file__).parent / "fixtures" / "parity")
-KINDS = ("mim", "classifier", "vqkd", "clip", "dino")
+KINDS = ("mim", "classifier", "vqkd", "clip", "dino.", "dinov2_positions")
 FILES = sorted(path.name for path in FOLDER.glob("*.pt"))
 
 if not FOLDER.is_dir():
@@ -207,29 +208,26 @@ def test_vqkd_training_steps(name):
         assert_close(model.quantize.running_count, expected["cluster_size"], f"hit counts after step {number}")
 
 
-def teacher_from_clip(data: dict) -> Teacher:
+def build_teacher(data: dict, name: str) -> Teacher:
+    """The entry `name` of the table, as small as the file's model, with its weights."""
     config = data["config"]
-    shape = dict(size=(config["width"], config["layers"], config["heads"]), patch_size=config["patch_size"],
-                 output_dim=config["output_dim"])
-    teacher = build_teacher("clip_vitb16", config["input_resolution"] // config["patch_size"], shape)
-    report = load_pretrained(teacher, rename_clip_keys(dict(data["state_dict"])))
+    if name == "clip_vitb16":
+        size = (config["width"], config["layers"], config["heads"])
+        grid, output_dim = config["input_resolution"] // config["patch_size"], config["output_dim"]
+    else:
+        size = (config["embed_dim"], config["depth"], config["num_heads"])
+        grid, output_dim = config["img_size"] // config["patch_size"], None
+    published = dataclasses.replace(TEACHERS[name], size=size, patch_size=config["patch_size"], output_dim=output_dim)
+    teacher = published.build(grid)
+    report = published.load(teacher, dict(data["state_dict"]), source=name)
     assert report.fresh == report.dropped == report.resized == []
     return teacher
 
 
-def teacher_from_dino(data: dict) -> Teacher:
-    config = data["config"]
-    shape = dict(size=(config["embed_dim"], config["depth"], config["num_heads"]), patch_size=config["patch_size"])
-    teacher = build_teacher("dino_vitb16", config["img_size"] // config["patch_size"], shape)
-    report = load_pretrained(teacher, rename_dino_keys(dict(data["state_dict"])))
-    assert report.fresh == report.dropped == report.resized == []
-    return teacher
-
-
-@pytest.mark.parametrize("name", files("clip") + files("dino"))
+@pytest.mark.parametrize("name", files("clip") + files("dino."))
 def test_teacher(name):
     data = read(name)
-    teacher = (teacher_from_clip if name.startswith("clip") else teacher_from_dino)(data)
+    teacher = build_teacher(data, "clip_vitb16" if name.startswith("clip") else "dino_vitb16")
     with torch.no_grad():
         features = teacher.projection(teacher.backbone(data["images"])[:, 1:])
     assert_close(features, data["patch_features"], "patch features")
@@ -238,6 +236,21 @@ def test_teacher(name):
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (teacher.mean, teacher.std))
     assert_close(teacher(data["images"] * std + mean), data["patch_features"], "patch features from images in [0,1]")
     assert teacher.output_dim == data["patch_features"].shape[-1]
+
+
+@pytest.mark.parametrize("grid", [8, 14, 16, 24])
+@pytest.mark.parametrize("kind", ["random", "smooth"])
+@pytest.mark.parametrize("teacher", ["dinov2_vits14", "dinov2_vits14_reg"])
+def test_positions_of_dinov2(teacher, kind, grid):
+    """A checkpoint with the positions of the published 37 x 37 grid goes in: what the network then holds counts."""
+    published = dataclasses.replace(TEACHERS[teacher], size=(8, 1, 2))
+    model = published.build(grid)
+    weights = {name.removeprefix("backbone."): value.clone() for name, value in model.state_dict().items()}
+    for data in map(read, files("dinov2_positions")):
+        name = f"{'registers' if teacher.endswith('_reg') else 'plain'}-{kind}"
+        report = published.load(model, weights | {"pos_embed": data[f"{name}-in"]}, source=teacher)
+        assert_close(model.backbone.pos_embed, data[f"{name}-{grid}"], f"positions of {name}, {grid} x {grid} patches")
+        assert report.resized == ["backbone.pos_embed"]
 
 
 # --- the recipe ------------------------------------------------------------------------------------------------

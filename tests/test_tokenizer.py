@@ -1,4 +1,4 @@
-"""The tokenizer's own parts: HOG, the teachers' renamed keys, the quantizer's bookkeeping, usage and collapse.
+"""The tokenizer's own parts: the quantizer's bookkeeping, usage and collapse.
 
 What the published code computes is compared in test_parity.py; the training loop, alone and in two processes, in
 test_scripts.py.
@@ -7,112 +7,20 @@ test_scripts.py.
 import contextlib
 import math
 import types
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import beitv2
 import tokenizer as vqkd
 from support.errors import UserError
-from support.files import file_sha256
 from support.teacher_codes import TeacherTokenizer
-from support.teachers import HOG, Pixels, Teacher, build_teacher, read_clip, rename_clip_keys, rename_dino_keys
+from support.teachers import Pixels
 
 
 def quantizer(codes=8, dim=4, **options) -> vqkd.Quantizer:
     torch.manual_seed(0)
     return vqkd.Quantizer(codes, dim, **options).train()
-
-
-# -- HOG --------------------------------------------------------------------------------------------------------
-
-
-def test_hog_has_four_cells_three_colours_and_nine_orientations():
-    teacher = HOG(patch_size=8)
-    features = teacher(torch.rand(2, 3, 24, 24))
-    assert features.shape == (2, 9, teacher.output_dim) and teacher.output_dim == 4 * 3 * 9
-
-
-@pytest.mark.parametrize("degrees", [0, 40, 90, 150])
-def test_hog_of_a_ramp_points_along_its_gradient(degrees):
-    """An image that grows in one direction has all its gradient in the bins around that direction."""
-    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
-    angle = math.radians(degrees)
-    image = 0.5 + (x * math.cos(angle) + y * math.sin(angle)) / 100
-    histogram = HOG(8)(image.expand(1, 3, 32, 32))[0, 5].view(3, 9, 4)  # an inner patch
-    share = degrees / 180 * 9
-    lower, upper = int(share) % 9, (int(share) + 1) % 9
-    expected = torch.zeros(9)
-    expected[lower], expected[upper] = 1 - share % 1, share % 1
-    assert F.cosine_similarity(histogram[0, :, 0], expected - expected.mean(), dim=0) > 0.999
-    assert torch.allclose(histogram, histogram[:1, :, :1].expand_as(histogram), atol=1e-3), "alike in colours and cells"
-
-
-def test_hog_ignores_brightness_and_mirrors_with_the_image():
-    teacher, images = HOG(8), torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(teacher(images), teacher(images * 0.5 + 0.3), atol=0.03)
-    assert teacher(torch.full((1, 3, 16, 16), 0.3)).abs().max() == 0, "nothing to see in a flat image"
-    mirrored = teacher(images.flip(-1)).view(2, 2, 3, 9, 2, 2).flip(1).flip(-1)
-    orientations = [-bin % 9 for bin in range(9)]
-    assert torch.allclose(mirrored[..., orientations, :, :].reshape(1, 4, -1), teacher(images), atol=1e-5)
-
-
-def test_hog_refuses_patches_that_it_cannot_halve():
-    with pytest.raises(beitv2.ModelError, match="even, not 7"):
-        HOG(7)
-
-
-# -- Teachers ---------------------------------------------------------------------------------------------------
-
-
-def dinov2_checkpoint(teacher: Teacher) -> dict:
-    """A DINOv2 file that holds this teacher: its names, a bias for the keys too, and a mask token."""
-    state = {"mask_token": torch.zeros(1, 8)}
-    for name, value in teacher.state_dict().items():
-        name = name.removeprefix("backbone.").replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")
-        state[name] = torch.randn_like(value)
-    for block in range(2):
-        stem = f"blocks.{block}.attn."
-        q, v = state.pop(stem + "q_bias"), state.pop(stem + "v_bias")
-        state[stem + "qkv.bias"] = torch.cat([q, torch.randn_like(q), v])
-    return state
-
-
-@pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg"])
-def test_dinov2_loads_key_for_key_with_and_without_registers(name):
-    teacher = build_teacher(name, 2, dict(size=(8, 2, 2), patch_size=14))
-    state = dinov2_checkpoint(teacher)
-    report = beitv2.load_pretrained(teacher, rename_dino_keys(dict(state)))
-    assert not report.dropped and not report.fresh
-    assert torch.equal(teacher.backbone.blocks[1].gamma_2, state["blocks.1.ls2.gamma"])
-    assert torch.equal(teacher.backbone.blocks[1].attn.v_bias, state["blocks.1.attn.qkv.bias"][16:])
-    features = teacher(torch.rand(1, 3, 32, 32))
-    assert features.shape == (1, 4, 8), "a patch for each of ours, whatever the size of the image; no registers"
-
-
-def test_the_bias_of_the_keys_may_be_dropped():
-    """Softmax over keys does not change when the same number is added to all logits of a query."""
-    torch.manual_seed(0)
-    q, k, v, bias = torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 4), torch.randn(4)
-    attention = F.scaled_dot_product_attention
-    assert torch.allclose(attention(q, k + bias, v), attention(q, k, v), atol=1e-6)
-
-
-def test_clip_archives_are_opened_only_if_they_are_openais(tmp_path):
-    """TorchScript is code: a file that is not the published one is refused before it is opened."""
-    warnings.simplefilter("ignore")  # torch would rather see other formats; OpenAI's is this one
-    archive = tmp_path / "clip.pt"
-    torch.jit.script(torch.nn.Linear(2, 2)).save(archive)
-    with pytest.raises(UserError, match="neither a plain state dict nor OpenAI's"):
-        read_clip(archive, "0" * 64)
-    assert set(read_clip(archive, file_sha256(archive))) == {"weight", "bias"}
-
-
-def test_clip_weights_without_an_image_tower_are_refused():
-    with pytest.raises(UserError, match="no image tower"):
-        rename_clip_keys({"transformer.x": torch.zeros(1)})
 
 
 # -- The quantizer ----------------------------------------------------------------------------------------------
@@ -257,17 +165,7 @@ def test_gradients_have_the_strides_of_their_weights():
         assert weight.grad is None or weight.grad.stride() == weight.stride(), name
 
 
-# -- teachers and codes to compare with ---------------------------------------------------------------------------
-
-
-def test_pixels_are_the_patch_itself_without_its_brightness_and_contrast():
-    images = torch.rand(2, 3, 8, 8)
-    features = Pixels(4)(images)
-    assert features.shape == (2, 4, 48)
-    patch = images[1, :, 4:, :4].flatten()  # row by row: patch 2 is the lower left one
-    expected = (patch - patch.mean()) / (patch.var(unbiased=False) + 1e-3).sqrt()
-    assert torch.allclose(features[1, 2].sort().values, expected.sort().values, atol=1e-5)
-    assert torch.allclose(Pixels(4)(0.5 * images + 0.2), features, atol=0.05)
+# -- codes to compare with ---------------------------------------------------------------------------
 
 
 def test_kmeans_codes_of_a_teacher_are_the_nearest_means_of_its_features():
