@@ -14,7 +14,7 @@ import yaml
 from support.charts import curves_of
 from support.errors import UserError, explained
 from support.figures import run_figures, shown, titles_of
-from support.options import FREE_TO_CHANGE, SECTIONS, RunConfig, dotted
+from support.options import FREE_TO_CHANGE, SECTIONS, RunConfig, dotted, renamed
 from support.page import page, table
 
 # Runs that differ in these only are one experiment: they say where files lie, and how a stage is called.
@@ -50,7 +50,7 @@ def read_config(file: Path) -> dict[str, Any]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
         raise UserError(f"'{file}' is not the configuration of a run of this project: {advice}")
-    return dotted(content, SECTIONS)
+    return renamed(dotted(content, SECTIONS))
 
 
 def section_of(config: dict[str, Any], section: str, declared: dict[str, type]) -> dict[str, Any]:

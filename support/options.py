@@ -81,6 +81,9 @@ class TrainConfig(OptimizerConfig):
 FREE_TO_CHANGE = {"output_dir", "device", "precision", "compile", "threads", "root", "download", "cache", "workers",
                   "device_batch_size", "save_every", "checkpoint_activations", "eval_only", "overlays"}
 
+# Options that had another name once, and what their values are called today: commands and runs from then still count.
+RENAMED = {"finetune.mean_pool": ("finetune.pooling", {"True": "mean", "False": "cls"})}
+
 
 def load_config(sections: dict[str, type], arguments: list[str] | None = None) -> types.SimpleNamespace:
     """Read `CONFIG.yaml [section.key=value ...]` into checked dataclasses.
@@ -115,6 +118,8 @@ def load_config(sections: dict[str, type], arguments: list[str] | None = None) -
         source[key] = "the command line"
         values[key] = unquoted(text) if is_text(declared.get(key)) else parse_yaml(
             text, f"'{key}={text}' on the command line has no valid value", "write it as in YAML")
+    source |= {new: source[old] for old, (new, _) in RENAMED.items() if old in source}
+    values = renamed(values)
 
     for key, value in values.items():
         section = key.rpartition(".")[0]
@@ -274,6 +279,15 @@ def defaults_of(sections: dict[str, type]) -> dict:
     return as_dict(types.SimpleNamespace(**vars(RunConfig()), **{name: kind() for name, kind in sections.items()}))
 
 
+def renamed(values: dict[str, Any], section: str = "") -> dict[str, Any]:
+    """Options under today's names. Their keys are dotted, or those of one `section`."""
+    result = {}
+    for key, value in values.items():
+        name, today = RENAMED.get(f"{section}.{key}".lstrip("."), (key, {}))
+        result[name.removeprefix(f"{section}.")] = today.get(str(value), value)
+    return result
+
+
 def with_defaults(saved: dict, config: types.SimpleNamespace) -> dict:
     """A saved configuration, with the default of each option of `config` that it lacks.
 
@@ -281,5 +295,5 @@ def with_defaults(saved: dict, config: types.SimpleNamespace) -> dict:
     """
     sections = {name: type(part) for name, part in vars(config).items() if dataclasses.is_dataclass(part)}
     defaults = defaults_of(sections)
-    filled = {name: defaults[name] | (saved.get(name) or {}) for name in sections}
+    filled = {name: defaults[name] | renamed(saved.get(name) or {}, name) for name in sections}
     return defaults | saved | filled

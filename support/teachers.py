@@ -91,7 +91,7 @@ class HOG(nn.Module):
         # The gradient of each pixel: how much brighter its right neighbour is than its left one, and the lower than the
         # upper one. At the border the image is continued by its own edge.
         B, C, S, _ = images.shape
-        cell, cells = self.patch_size // 2, 2 * S // self.patch_size
+        cell = self.patch_size // 2
         padded = F.pad(images.float(), (1, 1, 1, 1), mode="replicate")
         dx = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]  # [B, C, S, S]
         dy = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]

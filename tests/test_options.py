@@ -275,3 +275,19 @@ def test_paths_of_all_sections_know_the_home_folder(tmp_path, monkeypatch):
         script = "tokenizer" if section == "data" else section
         config = tiny(tmp_path, script, *(f"{section}.{key}=~/x/*.y" for key in keys))
         assert {getattr(getattr(config, section), key) for key in keys} == {"/home/me/x/*.y"}
+
+
+def test_an_option_that_had_another_name_once_still_counts(tmp_path):
+    """On the command line, in a file, and in the configuration that an old run has saved."""
+    import finetune
+    (tmp_path / "c.yaml").write_text("finetune: {mean_pool: true}")
+    for changes, pooling in ([], "mean"), (["finetune.mean_pool=false"], "cls"), (["finetune.pooling=cls"], "cls"):
+        config = load_config(finetune.SECTIONS, [str(tmp_path / "c.yaml"), *changes])
+        assert config.finetune.pooling == pooling
+    saved = as_dict(config)
+    del saved["finetune"]["pooling"]
+    assert changed_keys(with_defaults(saved | {"finetune": saved["finetune"] | {"mean_pool": False}}, config), as_dict(config)) == []
+    old = with_defaults(saved | {"finetune": saved["finetune"] | {"mean_pool": True}}, config)
+    assert changed_keys(old, as_dict(config)) == [("finetune.pooling", "mean", "cls")]
+    with pytest.raises(UserError, match="'finetune.pooling' in the command line must be one of cls, mean, not 3"):
+        load_config(finetune.SECTIONS, [str(tmp_path / "c.yaml"), "finetune.mean_pool=3"])
