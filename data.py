@@ -341,10 +341,10 @@ def erase_box(image: Tensor) -> None:
 
 
 class ValView(Dataset):
-    """view[index]: image uint8 [3, S, S], resized and cropped in the centre; label; index; row, which is the index too;
-    and whether the image is `readable`.
+    """view[index]: image uint8 [3, S, S], resized and cropped in the centre; label; index; and row, which is the index too.
 
-    One that cannot be read is a UserError. If `strict` is False, it is black and not `readable`: leave it out.
+    An image that cannot be read is a UserError. If `strict` is False, samples also say whether the image is `readable`:
+    one that is not is black, and to be left out.
     """
 
     def __init__(self, dataset, image_size: int, strict=True):
@@ -361,7 +361,8 @@ class ValView(Dataset):
             if self.strict:
                 raise
             image, readable = torch.zeros(3, self.size, self.size, dtype=torch.uint8), False
-        return {"image": image, "label": self.dataset.label(index), "index": index, "row": index, "readable": readable}
+        sample = {"image": image, "label": self.dataset.label(index), "index": index, "row": index}
+        return sample if self.strict else sample | {"readable": readable}
 
     def fixed(self) -> "ValView":
         """Validation images never change."""

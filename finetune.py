@@ -271,12 +271,15 @@ def extract_features(run: Run, model: VisionTransformer, loader: Any, total: int
     for batch in loader:
         with run.autocast():
             tokens = model.features(normalize(to_unit(batch["image"].to(run.device, non_blocking=True))))
-        labels = {"labels": batch["label"].to(run.device), "readable": batch["readable"].to(run.device)}
-        for name, part in (pooled(tokens) | labels).items():
+        about = {name: batch[name].to(run.device) for name in ("label", "readable") if name in batch}
+        for name, part in (pooled(tokens) | about).items():
             parts.setdefault(name, []).append(part)
-    gathered = {name: gather_in_order(torch.cat(part), total) for name, part in parts.items()}
-    readable = gathered.pop("readable")
-    return {name: values[readable] for name, values in gathered.items()}
+    features = {name: gather_in_order(torch.cat(part), total) for name, part in parts.items()}
+    features["labels"] = features.pop("label")
+    if "readable" in features:  # of a bank of training images
+        readable = features.pop("readable")
+        features = {name: values[readable] for name, values in features.items()}
+    return features
 
 
 @torch.no_grad()

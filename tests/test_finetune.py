@@ -13,6 +13,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import finetune  # noqa: E402
+from data import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
 
 
 def test_mean_of_weights():
@@ -45,12 +46,16 @@ def test_knn_accuracy_against_a_loop(k, bank_size):
 
 def test_extract_features_keeps_order_and_separates_cls():
     run = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext)
-    pixels = torch.arange(5)
-    loader = [{"image": part, "label": part * 10} for part in pixels.split(2)]
+    pixels = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 1, 1)
+    loader = [{"image": part, "label": part[:, 0, 0, 0].long() * 10} for part in pixels.split(2)]
 
-    def tokens_of(images):  # [CLS] is 100 + image, the patches are image - 1 and image + 1
-        return torch.stack([images + 100, images - 1, images + 1], dim=1)[..., None].float()
+    class Model:
+        @staticmethod
+        def features(images):  # normalised; [CLS] is 100 + pixel, the patches are pixel - 1 and pixel + 1
+            pixel = (255 * (images * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]))
+            pixel = pixel.mean(dim=(1, 2, 3))
+            return torch.stack([pixel + 100, pixel - 1, pixel + 1], dim=1)[..., None]
 
-    features = finetune.extract_features(run, tokens_of, loader, total=5)
-    assert features["cls"][:, 0].tolist() == [100, 101, 102, 103, 104]
-    assert features["mean"][:, 0].tolist() == [0, 1, 2, 3, 4] and features["labels"].tolist() == [0, 10, 20, 30, 40]
+    features = finetune.extract_features(run, Model, loader, total=5)
+    assert features["cls"][:, 0].tolist() == pytest.approx([100, 101, 102, 103, 104], abs=1e-4)
+    assert features["mean"][:, 0].tolist() == pytest.approx([0, 1, 2, 3, 4], abs=1e-4) and features["labels"].tolist() == [0, 10, 20, 30, 40]

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 
 CODE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(CODE), str(CODE / "docs")]
-import beitv2  # noqa: E402
 import data  # noqa: E402
 import finetune  # noqa: E402
 import memory  # noqa: E402
@@ -53,7 +52,6 @@ def as_found(monkeypatch):
     for number, handler in signals.items():
         signal.signal(number, handler)
     data.channels.cache_clear()
-    data.noise_bank.cache_clear()
 
 
 @pytest.fixture
@@ -182,7 +180,7 @@ def fake_gpu(monkeypatch):
         assert run.step == run.steps_per_epoch >= 2
         raise EpochDone
 
-    monkeypatch.setattr("support.run.setup_distributed", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr("support.run.setup_distributed", lambda device, threads: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(Run, "micro_batches", watched)

@@ -202,7 +202,7 @@ def test_the_bag_of_codes_tells_whether_codes_mean_anything():
             chosen = range(len(labels))
 
         images = labels[:, None, None, None].expand(-1, 3, 4, 4).to(torch.uint8)
-        batches = Loader({"image": i, "label": l if classes else 0 * l} for i, l in zip(images.split(7), labels.split(7)))
+        batches = Loader({"image": i, "label": l if classes else 0 * l, "readable": l >= 0} for i, l in zip(images.split(7), labels.split(7)))
         run = types.SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext)
         return vqkd.evaluate(run, Model(), lambda batch: None, batches, batches if knn else None, classes)
 
