@@ -134,7 +134,7 @@ def swap(run: str) -> None:
         for name, change in changes.items():
             model.aggregate = lambda last, *rest, **named: aggregate(
                 torch.cat([change(last[:, :1]), last[:, 1:]], dim=1), *rest, **named)
-            loss, hits = beitv2.score(model(data.normalize(images), masked)["cls"], ids)
+            loss, hits = beitv2.score(model(data.normalize(images), masked)[1], ids)
             print(f"seed {seed}, the head with {name} [CLS]: loss {loss:.3f}, accuracy {hits.float().mean():.1%}")
 
 

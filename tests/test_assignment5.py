@@ -45,19 +45,19 @@ def hidden_states(model, images) -> dict[int, torch.Tensor]:
     return model.forward_blocks(model.embed(images, MASKED, model.mask_token), None, (1, 2, 3))[1]
 
 
-def by_name(predictions, *names: str) -> dict[str, torch.Tensor]:
-    """What forward returns, if it has these names."""
-    head = "with an" if "cls" in names else "without an"
-    found = list(predictions) if isinstance(predictions, dict) else f"a {type(predictions).__name__}"
-    assert isinstance(predictions, dict) and set(found) == set(names), \
-        f"{head} aggregation head forward should return logits by name, a dict of {' and '.join(names)}, but returns " \
-        f"{found}"
-    return predictions
+def predictions(model, images) -> list[torch.Tensor]:
+    """What forward returns for masked images, if it is a list with an entry for each name in `model.predictions`."""
+    found, names = model(images, MASKED[:len(images)]), model.predictions
+    what = f"a list of {len(found)}" if isinstance(found, list) else f"a {type(found).__name__}"
+    assert isinstance(found, list) and len(found) == len(names), \
+        f"forward should return a list of logits, one for each name in `predictions`, here {' and '.join(names)}, but " \
+        f"returns {what}: is the head asked if there is one (head_layers > 0), and only then?"
+    return found
 
 
 def test_logits_name_the_ids_of_the_masked_patches(masked_image_model):
     model, images = masked_image_model(head_layers=0), torch.randn(2, 3, 16, 16)
-    logits = by_name(model(images, MASKED), "mim")["mim"]
+    [logits] = predictions(model, images)
     assert logits.shape == (2, 4, 11), f"the logits should be [B, M, K] = [2, 4, 11], but are {list(logits.shape)}"
     tokens = hidden_states(model, images)[3]
     for image in range(2):
@@ -70,18 +70,14 @@ def test_logits_name_the_ids_of_the_masked_patches(masked_image_model):
 
 def test_what_is_masked_is_not_seen(masked_image_model):
     model, images = masked_image_model(head_layers=0), torch.randn(1, 3, 16, 16)
-
-    def logits() -> torch.Tensor:
-        return by_name(model(images, MASKED[:1]), "mim")["mim"]
-
-    before = logits()
+    before = predictions(model, images)[0]
     images[:, :, :4, :4] += 5  # patch 0, which is masked
-    moved = (logits() - before).abs().max().item()
+    moved = (predictions(model, images)[0] - before).abs().max().item()
     assert moved < 1e-5, \
         f"pixels of a masked patch should not change any logits, but move them by {moved:.2g}: does `embed` get the " \
         "masked positions and the mask token?"
     images[:, :, :4, 4:8] += 5  # patch 1, which is visible
-    assert not torch.allclose(logits(), before), \
+    assert not torch.allclose(predictions(model, images)[0], before), \
         "pixels of a visible patch should change the logits, but do not"
 
 
@@ -96,10 +92,10 @@ def test_the_head_is_given_what_it_needs(masked_image_model, early_layers):
 
     bias = torch.randn(1, 2, 17, 17)
     model.aggregate, model.shared_position_bias = aggregate, lambda: bias
-    predictions = model(images, MASKED)
+    found = predictions(model, images)
     assert given, "with a head (head_layers > 0) forward should call `aggregate`, but does not"
-    assert torch.equal(by_name(predictions, "mim", "cls")["cls"], torch.ones(2, 4, 11)), \
-        "the prediction named \"cls\" should be what `aggregate` returns, but is another"
+    assert torch.equal(found[1], torch.ones(2, 4, 11)), \
+        "the second prediction, named \"cls\", should be what `aggregate` returns, but is another"
     states = hidden_states(model, images)
     for name, layer in (("last", 3), ("early", early_layers)):
         assert torch.allclose(given[name], states[layer], atol=1e-5), \
