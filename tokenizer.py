@@ -460,7 +460,7 @@ def train(config) -> None:
 
     # What the teacher says of a batch: asked anew, or computed once for all crops, if they are fixed (`data.views`).
     features_of = Frozen(run, teacher, "features", view, about_teacher(config, teacher), "float16")
-    val_view = ValView(val_set, config.data.image_size)
+    val_view = ValView(val_set, config.data.image_size, strict=val_set.labelled)
     val_features_of = Frozen(run, teacher, "features", val_view, about_teacher(config, teacher), "float16")
     val_loader = ValLoader(val_view, run.device_batch, workers=config.data.workers)
     bank_loader = open_bank(run, train_set)  # for bag_knn, see `evaluate`
@@ -575,7 +575,8 @@ def evaluate(run: Run, model: nn.Module, features_of: Callable[[dict], Tensor], 
     counts = torch.zeros(model.num_ids, columns, dtype=torch.float64, device=run.device)  # patches of a code in a class
     sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # of the losses, of the k-NN's hits, of images
     for batch in loader:
-        batch = {key: value.to(run.device, non_blocking=True) for key, value in batch.items()}
+        readable = batch["readable"]
+        batch = {key: value[readable].to(run.device, non_blocking=True) for key, value in batch.items()}
         features = features_of(batch)
         with run.autocast():
             cosine_loss, _, ids = model(to_unit(batch["image"]), features)
