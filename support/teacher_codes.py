@@ -74,7 +74,7 @@ def cluster(config, quantizer: type[nn.Module], evaluate: Callable[..., dict], o
     train_set, val_set = open_datasets(config.data)
     model = build(config, open_teacher(config).to(run.device), quantizer).to(run.device)
     view = TrainView(train_set, config.seed, config.data.image_size, cfg.crop_scale, views=config.data.views)
-    val_view = ValView(val_set, config.data.image_size)
+    val_view = ValView(val_set, config.data.image_size, strict=val_set.labelled)
     features_of, val_features_of = (Frozen(run, model.teacher, "features", part, model.about, "float16")
                                     for part in (view, val_view))
     loader = TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
