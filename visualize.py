@@ -89,10 +89,11 @@ def look(config) -> Seen:
     """Evenly chosen validation images, cropped as for validation."""
     _, val_set = open_datasets(config.data)
     chosen = torch.linspace(0, len(val_set) - 1, min(config.visualize.images, len(val_set))).long().tolist()
-    samples = data.ValSamples(val_set, config.data.image_size)
+    samples = data.ValSamples(val_set, config.data.image_size, strict=val_set.labelled)
     batches = list(ValLoader(samples, 64, workers=config.data.workers, indices=chosen))
-    images, labels = (torch.cat([batch[key] for batch in batches]) for key in ("image", "label"))
-    return Seen(images, labels, [val_set.name(i) for i in chosen], list(val_set.classes))
+    images, labels, places = (torch.cat([batch[key][batch["readable"]] for batch in batches])
+                              for key in ("image", "label", "index"))
+    return Seen(images, labels, [val_set.name(i) for i in places.tolist()], list(val_set.classes))
 
 
 @torch.no_grad()
