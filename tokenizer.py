@@ -575,8 +575,9 @@ def evaluate(run: Run, model: nn.Module, features_of: Callable[[dict], Tensor], 
     counts = torch.zeros(model.num_ids, columns, dtype=torch.float64, device=run.device)  # patches of a code in a class
     sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # of the losses, of the k-NN's hits, of images
     for batch in loader:
-        readable = batch["readable"]
-        batch = {key: value[readable].to(run.device, non_blocking=True) for key, value in batch.items()}
+        if "readable" in batch:
+            batch = {key: value[batch["readable"]] for key, value in batch.items()}
+        batch = {key: value.to(run.device, non_blocking=True) for key, value in batch.items()}
         features = features_of(batch)
         with run.autocast():
             cosine_loss, _, ids = model(to_unit(batch["image"]), features)

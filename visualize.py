@@ -91,9 +91,11 @@ def look(config) -> Seen:
     chosen = torch.linspace(0, len(val_set) - 1, min(config.visualize.images, len(val_set))).long().tolist()
     samples = data.ValSamples(val_set, config.data.image_size, strict=val_set.labelled)
     batches = list(ValLoader(samples, 64, workers=config.data.workers, indices=chosen))
-    images, labels, places = (torch.cat([batch[key][batch["readable"]] for batch in batches])
-                              for key in ("image", "label", "index"))
-    return Seen(images, labels, [val_set.name(i) for i in places.tolist()], list(val_set.classes))
+    whole = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    if "readable" in whole:  # of images without labels
+        whole = {key: values[whole["readable"]] for key, values in whole.items()}
+    names = [val_set.name(i) for i in whole["index"].tolist()]
+    return Seen(whole["image"], whole["label"], names, list(val_set.classes))
 
 
 @torch.no_grad()
