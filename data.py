@@ -1,6 +1,6 @@
 """What a sample is: an image, a random crop of it, and in pre-training a mask; and what the device does with a batch.
 
-    worker:  decode -> random resized crop -> flip -> uint8, and a mask  (class TrainView)
+    worker:  decode -> random resized crop -> flip -> uint8, and a mask  (class TrainSamples)
     device:  colour jitter -> normalise                                  (the functions at the end)
 
 A worker is a process that prepares samples while the device computes. The work is divided between them like this:
@@ -9,7 +9,7 @@ done by the device, for a whole batch at once. Images travel as uint8, a quarter
 
 Every random choice of a training sample (crop, flip, RandAugment, jitter factors, mask, erased box) is drawn in the
 worker from a generator seeded by (seed, epoch, index), and is part of the sample, also where the device carries it
-out. (Fixed crops, `data.views`, are seeded otherwise: see TrainView.) So samples do not depend on the number of
+out. (Fixed crops, `data.views`, are seeded otherwise: see TrainSamples.) So samples do not depend on the number of
 workers, and no generator's state has to be saved. The loop's own random numbers (drop path, MixUp) come from
 generators that are seeded at each step by (seed, step, rank): see `Run`.
 """
@@ -143,8 +143,8 @@ def fixed_masks(count: int, grid: int, cfg) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------
 
 
-class SampleView(Dataset):
-    """view[epoch, index] is one sample. A subclass makes it in `draw(index)`. Each sample has its own random numbers.
+class SeededSamples(Dataset):
+    """samples[epoch, index] is one sample, made by a subclass in `draw(index)`. Each has random numbers of its own.
 
     They come from a generator that is seeded by (seed, epoch, index) for this one sample. So the sample is the
     same whichever worker makes it and whatever was made before it. If the samples of a worker shared one generator,
@@ -205,8 +205,8 @@ def check_crop_scale(crop_scale: tuple[float, float], option: str = "crop_scale"
                         f"both above 0")
 
 
-class TrainView(SampleView):
-    """A training sample for classification and pre-training. view[epoch, index] is a dictionary with these entries:
+class TrainSamples(SeededSamples):
+    """A training sample for classification and pre-training. samples[epoch, index] is a dictionary with these entries:
 
     image   uint8 [3, S, S], a random resized crop, flipped half the time
     label   int64, the class (0 without classes); index: int64, the image's place in the data set
@@ -290,23 +290,24 @@ class TrainView(SampleView):
 
 
 class FixedCrops(Dataset):
-    """With `views` V, all V * len(dataset) crops of a TrainView, those of epoch 0 first: [row] is one of its samples.
+    """With `views` V, all V * len(dataset) crops of a TrainSamples, those of epoch 0 first: [row] is one of its
+    samples.
 
     Those that were drawn are kept, up to 1 GiB in each process, because they come back.
     """
 
-    def __init__(self, view: TrainView):
-        self.view, self.kept = view, {}
+    def __init__(self, samples: TrainSamples):
+        self.samples, self.kept = samples, {}
 
     def __len__(self) -> int:
-        return self.view.views * len(self.view)
+        return self.samples.views * len(self.samples)
 
     def __getitem__(self, row: int) -> dict:
         if row in self.kept:
             return self.kept[row]
-        epoch, index = divmod(row, len(self.view))
+        epoch, index = divmod(row, len(self.samples))
         with seeded(0, epoch, index):  # 0: the same crops for every seed
-            sample = self.view.draw_crop(index) | {"row": row}
+            sample = self.samples.draw_crop(index) | {"row": row}
         if len(self.kept) < 2**30 // sample["image"].numel():
             self.kept[row] = sample
         return sample
@@ -340,8 +341,9 @@ def erase_box(image: Tensor) -> None:
 # ---------------------------------------------------------------------------------------------------------
 
 
-class ValView(Dataset):
-    """view[index]: image uint8 [3, S, S], resized and cropped in the centre; label; index; and row, which is the index too.
+class ValSamples(Dataset):
+    """samples[index]: image uint8 [3, S, S], resized and cropped in the centre; label; index; and row, which is the index
+    too.
 
     An image that cannot be read is a UserError. If `strict` is False, samples also say whether the image is `readable`:
     one that is not is black, and to be left out.
@@ -364,7 +366,7 @@ class ValView(Dataset):
         sample = {"image": image, "label": self.dataset.label(index), "index": index, "row": index}
         return sample if self.strict else sample | {"readable": readable}
 
-    def fixed(self) -> "ValView":
+    def fixed(self) -> "ValSamples":
         """Validation images never change."""
         return self
 

@@ -36,7 +36,7 @@ from torchvision.transforms import v2
 
 from beitv2 import (POOLINGS, Classifier, ModelConfig, ModelError, VisionTransformer, load_pretrained, model_state,
                     read_model)
-from data import DataConfig, TrainView, ValView, normalize, to_unit
+from data import DataConfig, TrainSamples, ValSamples, normalize, to_unit
 from support.datasets import open_datasets, open_val_folder
 from support.errors import UserError
 from support.figures import results
@@ -112,7 +112,7 @@ def finetune(config) -> None:
     train_set, val_set = open_datasets(config.data)
     num_classes = len(train_set.classes)
     run.notes = {"classes": train_set.classes}
-    view = TrainView(train_set, config.seed, size, cfg.crop_scale, rand_augment=cfg.rand_augment, erase=cfg.erase)
+    samples = TrainSamples(train_set, config.seed, size, cfg.crop_scale, rand_augment=cfg.rand_augment, erase=cfg.erase)
     val_loader = open_val_loader(run, val_set)
 
     model = Classifier(num_classes, cfg.pooling, cfg.init_scale, drop_path=cfg.drop_path, **config.model.backbone(size))
@@ -135,7 +135,7 @@ def finetune(config) -> None:
 
     # `parallel` is the model, compiled and synchronised between processes if asked for.
     parts = dict(model=model, optimizer=optimizer) | ({"average": average} if average else {})
-    parallel = run.begin(view, source, example=(torch.zeros(1, 3, size, size),), **parts)
+    parallel = run.begin(samples, source, example=(torch.zeros(1, 3, size, size),), **parts)
     lr = run.cosine_schedule()
     mix = batch_mixer(cfg, num_classes)
 
@@ -393,12 +393,12 @@ def linear_probe(config) -> None:
     # `fused`: with fp16, the device itself decides whether to skip a step. Else the host would wait for the answer.
     optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, fused=True)
 
-    view = TrainView(train_set, config.seed, config.data.image_size, cfg.crop_scale, views=config.data.views)
-    run.begin(view, source, probes=probes, optimizer=optimizer)
+    samples = TrainSamples(train_set, config.seed, config.data.image_size, cfg.crop_scale, views=config.data.views)
+    run.begin(samples, source, probes=probes, optimizer=optimizer)
     lr = run.cosine_schedule()
     # The backbone's features of a batch, side by side, float32 [B, sum of widths]: computed once where crops are fixed.
     features_of = Frozen(run, lambda images: torch.cat([*pooled(backbone(normalize(images))).values()], dim=1), "pooled",
-                         view, [digest(backbone), *widths], "float32")
+                         samples, [digest(backbone), *widths], "float32")
     val = extract_features(run, backbone, open_val_loader(run, val_set), len(val_set))
 
     for epoch in run.epochs():
@@ -504,8 +504,8 @@ def load_weights(config, model: nn.Module, classes: list[str] | None = None) -> 
 
 def open_val_loader(run: Run, dataset, strict=True, indices=None) -> ValLoader:
     """Validation batches of a data set, or of its images `indices`: resized, cropped in the centre, nothing random."""
-    view = ValView(dataset, run.config.data.image_size, strict)
-    return ValLoader(view, run.device_batch, workers=run.config.data.workers, indices=indices)
+    samples = ValSamples(dataset, run.config.data.image_size, strict)
+    return ValLoader(samples, run.device_batch, workers=run.config.data.workers, indices=indices)
 
 
 def report(config) -> None:

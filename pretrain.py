@@ -38,7 +38,7 @@ import torch
 from torch import nn
 
 from beitv2 import MaskedImageModel, ModelConfig, ModelError, dimensions, masked_positions, score
-from data import DataConfig, TrainView, check_num_masked, jittered, normalize
+from data import DataConfig, TrainSamples, check_num_masked, jittered, normalize
 from finetune import knn_pulse
 from support.datasets import open_datasets
 from support.epoch_picture import paint_epoch
@@ -105,7 +105,7 @@ def train(config) -> None:
 
     # Each training sample brings its crop, the factors of its colour jitter, and its mask (data.block_mask).
     train_set, val_set = open_datasets(config.data)
-    view = TrainView(train_set, config.seed, size, cfg.crop_scale, cfg.jitter, cfg.num_masked,
+    samples = TrainSamples(train_set, config.seed, size, cfg.crop_scale, cfg.jitter, cfg.num_masked,
                      size // config.model.patch_size, cfg.min_block, views=config.data.views)
 
     # The tokenizer is frozen. It plays the part that labels play in supervised learning, but no person made them.
@@ -116,9 +116,9 @@ def train(config) -> None:
     model = build_model(config, tokenizer.num_ids).to(run.device)
     optimizer = make_optimizer(model, cfg)
     example = torch.zeros(1, 3, size, size), torch.zeros(1, cfg.num_masked, dtype=torch.int64)
-    student = run.begin(view, source, example, model=model, optimizer=optimizer)
+    student = run.begin(samples, source, example, model=model, optimizer=optimizer)
     lr = run.cosine_schedule()
-    targets_of = tokenizer.targets(run, view)
+    targets_of = tokenizer.targets(run, samples)
 
     for epoch in run.epochs():
         student.train()

@@ -195,7 +195,7 @@ def read_header(path: str) -> tuple[tuple[int, int], int]:
 
 
 class Surveyed(Dataset):
-    """view[index]: `counts`, int64 [256], how many pixels of an annotation have each label; the image's EXIF `tag`."""
+    """samples[index]: `counts`, int64 [256], how many pixels of an annotation have each label; the EXIF `tag`."""
 
     def __init__(self, dataset: AnnotatedFolder):
         self.dataset = dataset
@@ -252,8 +252,8 @@ def scaled_size(height: int, width: int, cfg: SegmentConfig, factor: float = 1.0
     return [max(1, round(height * factor)), max(1, round(width * factor))]
 
 
-class CropView(data.SampleView):
-    """view[epoch, index]: a training sample of image uint8 [3, C, C] and labels uint8 [C, C].
+class CropSamples(data.SeededSamples):
+    """samples[epoch, index]: a training sample of image uint8 [3, C, C] and labels uint8 [C, C].
 
     Image and labels together are scaled by 0.5 to 2, cropped so that no class fills more than 75 % if ten tries find
     such a place, and flipped; the colours of the image are distorted; what is smaller than the crop is padded.
@@ -301,8 +301,8 @@ def pad(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return TF.pad(image, margins, fill=grey), TF.pad(labels, margins, fill=IGNORE)
 
 
-class WholeView(Dataset):
-    """view[index]: a validation image, scaled to fit, uint8 [3, h, w], and its labels as they are, uint8 [H, W]."""
+class WholeSamples(Dataset):
+    """samples[index]: a validation image, scaled to fit, uint8 [3, h, w], and its labels as they are, uint8 [H, W]."""
 
     def __init__(self, dataset, cfg: SegmentConfig):
         self.dataset, self.cfg = dataset, cfg
@@ -553,7 +553,7 @@ def train(config) -> None:
                         "segment.device_batch_size, or use fewer processes")
     train_set, val_set = open_split(config, "train"), open_split(config, "val")
     say(found(train_set, val_set))
-    val_loader = ValLoader(WholeView(val_set, cfg), batch_size=None, workers=config.data.workers)
+    val_loader = ValLoader(WholeSamples(val_set, cfg), batch_size=None, workers=config.data.workers)
     painted = evenly_chosen(val_set, cfg.overlays)
     model = Segmenter(len(cfg.classes), cfg.feature_layers, cfg.dropout, drop_path=cfg.drop_path,
                       **config.model.backbone(size))
@@ -565,7 +565,7 @@ def train(config) -> None:
         say(load_pretrained(model, content, source=str(source)))
     optimizer = make_optimizer(model.to(run.device), cfg, cfg.layer_decay)
     run.notes = {"classes": cfg.classes}
-    parallel = run.begin(CropView(train_set, config.seed, cfg), source, example, cfg.eval_every, model=model,
+    parallel = run.begin(CropSamples(train_set, config.seed, cfg), source, example, cfg.eval_every, model=model,
                          optimizer=optimizer)
     if run.step == 0:
         survey(run, val_set, "validation")
@@ -648,14 +648,14 @@ def evaluate_only(config) -> None:
         if there != here:
             raise UserError(f"'{path}' was trained with segment.{key}={there}, not {here}: make them agree")
     survey(run, val_set, "validation")
-    val_loader = ValLoader(WholeView(val_set, cfg), batch_size=None, workers=config.data.workers)
+    val_loader = ValLoader(WholeSamples(val_set, cfg), batch_size=None, workers=config.data.workers)
     confusion = evaluate(run, model.to(run.device), val_loader, cfg.classes, evenly_chosen(val_set, cfg.overlays))
     print_table(confusion, cfg.classes)
 
 
-class PhotoView(Dataset):
-    """view[index]: an image, scaled to fit, uint8 [3, h, w], its own size [H, W], and `error`: "", or why it cannot be
-    read, and then there is no image."""
+class PhotoSamples(Dataset):
+    """samples[index]: an image, scaled to fit, uint8 [3, h, w], its own size [H, W], and `error`: "", or why it cannot
+    be read, and then there is no image."""
 
     def __init__(self, images: Images, cfg: SegmentConfig):
         self.dataset, self.cfg = images, cfg
@@ -686,7 +686,7 @@ def predict(config) -> None:
     model.to(device)
     precision, folder = Precision(config.precision, device), output_folder(config, "predict_masks")
     names, errors = result_names([images.name(i) for i in range(len(images))]), {}
-    for sample in ValLoader(PhotoView(images, cfg), batch_size=None, workers=config.data.workers):
+    for sample in ValLoader(PhotoSamples(images, cfg), batch_size=None, workers=config.data.workers):
         if sample["error"]:
             errors[sample["index"]] = sample["error"]
             continue

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from beitv2 import (ModelConfig, ModelError, VisionTransformer, dimensions, init_weights, load_pretrained, model_state,
                     read_checkpoint, saved_section, take)
-from data import DataConfig, TrainView, ValView, to_unit
+from data import DataConfig, TrainSamples, ValSamples, to_unit
 from finetune import knn_accuracy
 from support import teacher_codes, use
 from support.datasets import open_datasets
@@ -361,10 +361,10 @@ class VQKD(nn.Module):
         """Images in [0,1], [B, 3, S, S] -> the id of each patch's code, row by row, int64 [B, N]: what stage 2 predicts."""
         return self.quantize(self.encode(images))[1]
 
-    def targets(self, run: Run, view: TrainView) -> Callable[[dict, Tensor, Tensor], Tensor]:
+    def targets(self, run: Run, samples: TrainSamples) -> Callable[[dict, Tensor, Tensor], Tensor]:
         """What stage 2 has to predict: a function of a batch, its images in [0,1] and the positions `masked` [B, M], which
         gives the ids of these patches, int64 [B, M]."""
-        ids_of = Frozen(run, self.to(run.device).token_ids, "ids", view, digest(self), "int32")
+        ids_of = Frozen(run, self.to(run.device).token_ids, "ids", samples, digest(self), "int32")
         return lambda batch, images, masked: take(ids_of(batch, images), masked)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -446,7 +446,7 @@ def train(config) -> None:
     # The images, and the frozen teacher. Crops may be small here (from 8 % of the image): then a patch shows an object
     # from near, and the codes learn details. No colour jitter: the codes shall say what is there.
     train_set, val_set = open_datasets(config.data)
-    view = TrainView(train_set, config.seed, config.data.image_size, cfg.crop_scale, views=config.data.views)
+    samples = TrainSamples(train_set, config.seed, config.data.image_size, cfg.crop_scale, views=config.data.views)
     teacher = open_teacher(config).to(run.device)
 
     # The model that learns in this stage. `parallel` is the same model, compiled and synchronised between processes if
@@ -455,14 +455,14 @@ def train(config) -> None:
     optimizer = make_optimizer(model, cfg)
     usage = CodeUsage(cfg.codebook_size, run.device)
     example = torch.zeros(1, 3, *[config.data.image_size] * 2), torch.zeros(1, model.grid**2, teacher.output_dim)
-    parallel = run.begin(view, example=example, model=model, optimizer=optimizer, usage=usage)
+    parallel = run.begin(samples, example=example, model=model, optimizer=optimizer, usage=usage)
     lr = run.cosine_schedule()
 
     # What the teacher says of a batch: asked anew, or computed once for all crops, if they are fixed (`data.views`).
-    features_of = Frozen(run, teacher, "features", view, about_teacher(config, teacher), "float16")
-    val_view = ValView(val_set, config.data.image_size)
-    val_features_of = Frozen(run, teacher, "features", val_view, about_teacher(config, teacher), "float16")
-    val_loader = ValLoader(val_view, run.device_batch, workers=config.data.workers)
+    features_of = Frozen(run, teacher, "features", samples, about_teacher(config, teacher), "float16")
+    val_samples = ValSamples(val_set, config.data.image_size, strict=val_set.labelled)
+    val_features_of = Frozen(run, teacher, "features", val_samples, about_teacher(config, teacher), "float16")
+    val_loader = ValLoader(val_samples, run.device_batch, workers=config.data.workers)
     bank_loader = open_bank(run, train_set)  # for bag_knn, see `evaluate`
     if run.step == 0:  # a run that goes on has its codebook in the checkpoint
         start_from_first_batch(run, model, features_of)
@@ -575,6 +575,8 @@ def evaluate(run: Run, model: nn.Module, features_of: Callable[[dict], Tensor], 
     counts = torch.zeros(model.num_ids, columns, dtype=torch.float64, device=run.device)  # patches of a code in a class
     sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # of the losses, of the k-NN's hits, of images
     for batch in loader:
+        if "readable" in batch:
+            batch = {key: value[batch["readable"]] for key, value in batch.items()}
         batch = {key: value.to(run.device, non_blocking=True) for key, value in batch.items()}
         features = features_of(batch)
         with run.autocast():
@@ -607,8 +609,8 @@ def open_bank(run: Run, train_set) -> ValLoader | None:
         return None
     images = min(run.config.tokenizer.knn_images, len(train_set))
     chosen = torch.linspace(0, len(train_set) - 1, images).long().tolist()
-    view = ValView(train_set, run.config.data.image_size, strict=False)
-    return ValLoader(view, run.device_batch, workers=run.config.data.workers, indices=chosen)
+    samples = ValSamples(train_set, run.config.data.image_size, strict=False)
+    return ValLoader(samples, run.device_batch, workers=run.config.data.workers, indices=chosen)
 
 
 if __name__ == "__main__":

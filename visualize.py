@@ -89,10 +89,13 @@ def look(config) -> Seen:
     """Evenly chosen validation images, cropped as for validation."""
     _, val_set = open_datasets(config.data)
     chosen = torch.linspace(0, len(val_set) - 1, min(config.visualize.images, len(val_set))).long().tolist()
-    view = data.ValView(val_set, config.data.image_size)
-    batches = list(ValLoader(view, 64, workers=config.data.workers, indices=chosen))
-    images, labels = (torch.cat([batch[key] for batch in batches]) for key in ("image", "label"))
-    return Seen(images, labels, [val_set.name(i) for i in chosen], list(val_set.classes))
+    samples = data.ValSamples(val_set, config.data.image_size, strict=val_set.labelled)
+    batches = list(ValLoader(samples, 64, workers=config.data.workers, indices=chosen))
+    whole = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    if "readable" in whole:  # of images without labels
+        whole = {key: values[whole["readable"]] for key, values in whole.items()}
+    names = [val_set.name(i) for i in whole["index"].tolist()]
+    return Seen(whole["image"], whole["label"], names, list(val_set.classes))
 
 
 @torch.no_grad()
@@ -216,12 +219,12 @@ class PixelDecoder(nn.Module):
 
 
 @torch.enable_grad()
-def train_pixel_decoder(tokenizer: vqkd.VQKD | TeacherTokenizer, view: data.TrainView, steps: int,
+def train_pixel_decoder(tokenizer: vqkd.VQKD | TeacherTokenizer, samples: data.TrainSamples, steps: int,
                         device: torch.device, workers: int = 0) -> PixelDecoder:
     """Train a decoder on training crops, whose codes the frozen tokenizer gives, by the mean absolute error."""
-    decoder = PixelDecoder(tokenizer.vectors, view.size // tokenizer.grid).to(device)
+    decoder = PixelDecoder(tokenizer.vectors, samples.size // tokenizer.grid).to(device)
     optimizer = torch.optim.AdamW(decoder.layers.parameters(), lr=2e-3)
-    loader = TrainLoader(view, min(32, len(view)), seed=0, workers=workers)
+    loader = TrainLoader(samples, min(32, len(samples)), seed=0, workers=workers)
     batches = loader.stream(0, loader.batches_per_epoch)
     for step, batch in enumerate(itertools.islice(batches, steps)):
         images = data.to_unit(batch["image"].to(device))
@@ -485,8 +488,8 @@ class Models:
     @functools.cached_property
     def pixel_decoder(self) -> PixelDecoder:
         train_set, _ = open_datasets(self.config.data)
-        view = data.TrainView(train_set, self.config.seed, self.config.data.image_size, (0.7, 1.0))
-        return train_pixel_decoder(self.tokenizer, view, self.config.visualize.decoder_steps, self.device,
+        samples = data.TrainSamples(train_set, self.config.seed, self.config.data.image_size, (0.7, 1.0))
+        return train_pixel_decoder(self.tokenizer, samples, self.config.visualize.decoder_steps, self.device,
                                    self.config.data.workers)
 
     @functools.cached_property

@@ -61,8 +61,8 @@ def masks(grid: int = 14, num_masked: int = 75, count: int = 300) -> None:
         y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
         places = torch.stack([y.flatten(), x.flatten()], dim=1).float()
         shapes = open_dataset(data.DataConfig("shapes", image_size=grid * 4, val_images=count), "val")
-        view = data.ValView(shapes, grid * 4)
-        colours = torch.stack([data.to_unit(view[i]["image"]) for i in range(count)])
+        samples = data.ValSamples(shapes, grid * 4)
+        colours = torch.stack([data.to_unit(samples[i]["image"]) for i in range(count)])
         colours = F.avg_pool2d(colours, 4).flatten(2).transpose(1, 2)  # [count, N, 3], the mean colour of each patch
         for kind, draw in kinds.items():
             lonely = distance = error = spread = 0.0
@@ -120,8 +120,8 @@ def swap(run: str) -> None:
     model = pretrain.build_model(config, tokenizer.num_ids).eval()
     beitv2.load_pretrained(model, checkpoint)
     size = config.data.image_size
-    view = data.ValView(open_dataset(config.data, "val"), size)
-    images = data.to_unit(torch.stack([view[i]["image"] for i in range(1000)]))
+    samples = data.ValSamples(open_dataset(config.data, "val"), size)
+    images = data.to_unit(torch.stack([samples[i]["image"] for i in range(1000)]))
     aggregate = model.aggregate
     changes = {"its own": lambda cls: cls, "another image's": lambda cls: cls.roll(1, dims=0),
                "the mean": lambda cls: cls.mean(dim=0, keepdim=True).expand_as(cls)}

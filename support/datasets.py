@@ -248,9 +248,11 @@ def open_val_folder(config) -> "Images | Shapes":
 
 def found(*splits: "Images | Shapes") -> str:
     """Such as "12,345 images of 37 classes in ROOT/train, 800 in ROOT/val; passed over: 12 .gif, 3 .heic"."""
-    classes = len(splits[0].classes)
-    kind = f"of {classes} class{'es' * (classes > 1)}" if classes else "without classes"
-    counts = [f"{len(split):,} {'' if i else f'images {kind} '}in {split.title}" for i, split in enumerate(splits)]
+    first, *others = splits
+    classes = f" of {len(first.classes)} class{'es' * (len(first.classes) > 1)}" if first.labelled else \
+        " without classes" * bool(others)
+    counts = [f"{len(first):,} image{'s' * (len(first) > 1)}{classes} in {first.title}"]
+    counts += [f"{len(split):,} in {split.title}" for split in others]
     return ", ".join(counts) + passed_text(sum((split.passed_over for split in splits), Counter()))
 
 

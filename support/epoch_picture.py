@@ -21,9 +21,9 @@ def paint_epoch(run: Run, student: MaskedImageModel, tokenizer: nn.Module, val_s
     if rank() > 0:
         return
     student.eval()
-    view = data.ValView(val_set, run.config.data.image_size)
+    samples = data.ValSamples(val_set, run.config.data.image_size, strict=val_set.labelled)
     chosen = torch.linspace(0, len(val_set) - 1, min(4, len(val_set))).long().tolist()
-    images = torch.stack([view[i]["image"] for i in chosen])
+    images = torch.stack([samples[i]["image"] for i in chosen])
     masked = data.fixed_masks(len(chosen), student.grid, run.config.pretrain).to(run.device)
     with run.autocast():
         inputs = data.to_unit(images.to(run.device))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import ValView, to_unit
+from data import ValSamples, to_unit
 from support.errors import UserError
 from support.loaders import loader_options, with_plain_errors
 from support.processes import all_reduce_sum, on_main, rank, say, world_size
@@ -25,9 +25,9 @@ CACHE_BATCH = 128  # images of one pass that fills a cache
 
 
 class Frozen:
-    """A frozen network, asked about the batches of one view.
+    """A frozen network, asked about batches of one kind of samples.
 
-        codes = Frozen(run, tokenizer.token_ids, "codes", view, digest(tokenizer), "int32")
+        codes = Frozen(run, tokenizer.token_ids, "codes", samples, digest(tokenizer), "int32")
         target = codes(batch, images)  # [B, N]
 
     A frozen teacher says the same of the same crop each time, and on a small machine this takes longer than a small
@@ -36,15 +36,15 @@ class Frozen:
 
     ask     images in [0, 1], [B, 3, S, S] -> a tensor [B, ...]
     name    begins the file's name, and tells people what it holds
-    view    a TrainView or ValView; its `fixed()` are the images that never change, or None
+    samples a TrainSamples or ValSamples; its `fixed()` are the images that never change, or None
     about   whatever else the answers depend on, such as the network's weights, in plain values
     dtype   of the file, numpy's name; answers come back as float32 or int64
     """
 
-    def __init__(self, run: Run, ask: Callable[[Tensor], Tensor], name: str, view: Dataset, about, dtype: str):
-        self.run, self.images = run, view.fixed()
+    def __init__(self, run: Run, ask: Callable[[Tensor], Tensor], name: str, samples: Dataset, about, dtype: str):
+        self.run, self.images = run, samples.fixed()
         # The last batch of validation images is smaller, and would be compiled a second time.
-        self.ask = torch.compile(ask) if run.compiles and not isinstance(view, ValView) else ask
+        self.ask = torch.compile(ask) if run.compiles and not isinstance(samples, ValSamples) else ask
         self.values: np.ndarray | None = None
         if self.images is not None and cache_folder(run.config):
             self.values = self.computed(name, about, dtype)

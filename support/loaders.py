@@ -17,7 +17,7 @@ from support.processes import share_of_cores
 
 
 class TrainLoader:
-    """Epochs of device batches of `view`: shuffled, in the same order for any number of ranks and workers.
+    """Epochs of device batches of `samples`: shuffled, in the same order for any number of ranks and workers.
 
     A rank is one of W training processes, usually one for each GPU. batch_size is that of one device batch: global
     batch / (ranks * accumulation steps). Rank r takes the positions r, r + W, r + 2W, ... of the shuffled order. So the
@@ -29,22 +29,22 @@ class TrainLoader:
     is shuffled anew, so others are left out next time. rank and world_size default to those of the process group.
     """
 
-    def __init__(self, view: Dataset, batch_size: int, seed: int, rank=None, world_size=None, workers=0):
+    def __init__(self, samples: Dataset, batch_size: int, seed: int, rank=None, world_size=None, workers=0):
         rank = processes.rank() if rank is None else rank
         world_size = processes.world_size() if world_size is None else world_size
-        self.view = view
-        self.unreadable = Unreadable(view.dataset, len(view) / world_size, "training images")
-        self.batches = EpochBatches(view, batch_size, seed, rank, world_size)
-        self.batches_per_epoch = len(view) // world_size // batch_size
+        self.samples = samples
+        self.unreadable = Unreadable(samples.dataset, len(samples) / world_size, "training images")
+        self.batches = EpochBatches(samples, batch_size, seed, rank, world_size)
+        self.batches_per_epoch = len(samples) // world_size // batch_size
         if self.batches_per_epoch == 0:
             raise UserError(f"{world_size} process(es) with {batch_size} images each need {world_size * batch_size} "
-                            f"training images at once, but there are only {len(view)}: lower the batch size or use "
+                            f"training images at once, but there are only {len(samples)}: lower the batch size or use "
                             f"fewer processes")
-        self.loader = DataLoader(view, batch_sampler=self.batches, persistent_workers=workers > 0,
+        self.loader = DataLoader(samples, batch_sampler=self.batches, persistent_workers=workers > 0,
                                  **loader_options(workers))
 
     def epoch(self, epoch: int, start: int = 0):
-        """Yields the batches of an epoch from number `start` on: TrainView's entries, as tensors [B, ...].
+        """Yields the batches of an epoch from number `start` on: TrainSamples's entries, as tensors [B, ...].
 
         A resumed run starts in the middle: batches before `start` are skipped by their numbers, and nothing is
         decoded for them. UserError when more than 1 % of the images turn out to be unreadable.
@@ -100,8 +100,8 @@ class EpochBatches:
     epoch is handed on with each index, because the worker needs it to seed the sample.
     """
 
-    def __init__(self, view: Dataset, batch_size: int, seed: int, rank: int, world_size: int):
-        self.sampler = DistributedSampler(view, world_size, rank, shuffle=True, seed=seed, drop_last=True)
+    def __init__(self, samples: Dataset, batch_size: int, seed: int, rank: int, world_size: int):
+        self.sampler = DistributedSampler(samples, world_size, rank, shuffle=True, seed=seed, drop_last=True)
         self.batch_size, self.epoch, self.start = batch_size, 0, 0
 
     def __iter__(self):
@@ -145,25 +145,25 @@ def with_plain_errors(loader: DataLoader):
 
 
 class ValLoader:
-    """Batches of the view's images, or of those in `indices`. All ranks together have each image exactly once.
+    """Batches of all samples, or of those in `indices`. All ranks together have each image exactly once.
 
     Rank r of W has positions r, r + W, r + 2W, ... A rank may have one image fewer than another: if it were given one
     more to make them equal, that image would count twice in the accuracy. With batch_size None, images come one by one.
 
-    UserError if there are more ranks than images, or, while iterating, if an image cannot be read. If the view is not
+    UserError if there are more ranks than images, or, while iterating, if an image cannot be read. If they are not
     strict, such images are named, `readable` is False for them, and the error comes when they are more than 1 %.
     """
 
-    def __init__(self, view: Dataset, batch_size: int | None, rank=None, world_size=None, workers=0, indices=None):
+    def __init__(self, samples: Dataset, batch_size: int | None, rank=None, world_size=None, workers=0, indices=None):
         rank = processes.rank() if rank is None else rank
         world_size = processes.world_size() if world_size is None else world_size
-        self.chosen = range(len(view)) if indices is None else indices
+        self.chosen = range(len(samples)) if indices is None else indices
         if len(self.chosen) < world_size:  # every rank raises it; else the others would wait for this one forever
             raise UserError(f"{len(self.chosen)} image(s) to evaluate cannot be shared by {world_size} processes: use "
                             f"fewer processes, or add validation images")
         mine = self.chosen[rank::world_size]
-        self.unreadable = Unreadable(view.dataset, len(self.chosen) / world_size, "images")
-        self.loader = DataLoader(view, batch_size, sampler=mine, **loader_options(workers))
+        self.unreadable = Unreadable(samples.dataset, len(self.chosen) / world_size, "images")
+        self.loader = DataLoader(samples, batch_size, sampler=mine, **loader_options(workers))
 
     def __len__(self) -> int:
         return len(self.loader)

@@ -44,7 +44,7 @@ class Run:
     """One stage's run on this rank. A script keeps forward, loss, backward, clip and step in its own hands:
 
         run = Run("pretrain", config, config.pretrain)
-        parallel = run.begin(view, model=model, optimizer=optimizer)    # resumes by itself
+        parallel = run.begin(samples, model=model, optimizer=optimizer)    # resumes by itself
         for epoch in run.epochs():
             for step, batch, last in run.micro_batches(epoch):  # `last`: of its optimizer step
                 loss = ...
@@ -107,7 +107,7 @@ class Run:
                                                 gradient_as_bucket_view=True)
         return model
 
-    def begin(self, view: Dataset, source: Path | None = None, example: tuple[Tensor, ...] = (),
+    def begin(self, samples: Dataset, source: Path | None = None, example: tuple[Tensor, ...] = (),
               steps_per_epoch: int | None = None, **parts: Any) -> nn.Module:
         """Take the training samples, and what a checkpoint must hold: `parts`, anything with a state_dict. Goes on from
         the checkpoint of this folder if there is one. Returns the part "model" as the loop has to call it: compiled and
@@ -117,7 +117,7 @@ class Run:
         example           inputs for one image, by whose shapes the operations of a forward pass are counted
         steps_per_epoch   for runs that count steps: how many to do before each validation. Default: all images once
         """
-        self.loader = TrainLoader(view, self.device_batch, self.config.seed, workers=self.config.data.workers)
+        self.loader = TrainLoader(samples, self.device_batch, self.config.seed, workers=self.config.data.workers)
         self.parts, self.source = parts, source
         whole_steps = self.loader.batches_per_epoch // self.accumulation
         if whole_steps == 0:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beitv2 import take
-from data import TrainView, ValView
+from data import TrainSamples, ValSamples
 from support.datasets import open_datasets
 from support.frozen import Frozen
 from support.loaders import TrainLoader, ValLoader
@@ -48,9 +48,9 @@ class TeacherTokenizer(nn.Module):
         """Images in [0,1], [B, 3, S, S] -> the id of each patch's code, row by row, int64 [B, N]."""
         return self.quantize(self.teacher(images))[1]
 
-    def targets(self, run: Run, view: TrainView) -> Callable[[dict, Tensor, Tensor], Tensor]:
+    def targets(self, run: Run, samples: TrainSamples) -> Callable[[dict, Tensor, Tensor], Tensor]:
         """As VQKD.targets. Stage 1 has left the teacher's features in the cache, if the crops are the same."""
-        features_of = Frozen(run, self.to(run.device).teacher, "features", view, self.about, "float16")
+        features_of = Frozen(run, self.to(run.device).teacher, "features", samples, self.about, "float16")
         return lambda batch, images, masked: take(self.quantize(features_of(batch, images))[1], masked)
 
     def forward(self, images: Tensor, teacher_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,13 +73,13 @@ def cluster(config, quantizer: type[nn.Module], evaluate: Callable[..., dict], o
     run.claim_folder()
     train_set, val_set = open_datasets(config.data)
     model = build(config, open_teacher(config).to(run.device), quantizer).to(run.device)
-    view = TrainView(train_set, config.seed, config.data.image_size, cfg.crop_scale, views=config.data.views)
-    val_view = ValView(val_set, config.data.image_size)
+    samples = TrainSamples(train_set, config.seed, config.data.image_size, cfg.crop_scale, views=config.data.views)
+    val_samples = ValSamples(val_set, config.data.image_size, strict=val_set.labelled)
     features_of, val_features_of = (Frozen(run, model.teacher, "features", part, model.about, "float16")
-                                    for part in (view, val_view))
-    loader = TrainLoader(view, run.device_batch, config.seed, workers=config.data.workers)
+                                    for part in (samples, val_samples))
+    loader = TrainLoader(samples, run.device_batch, config.seed, workers=config.data.workers)
     cluster_features(run, model, loader, features_of)
-    val = evaluate(run, model, val_features_of, ValLoader(val_view, run.device_batch, workers=config.data.workers),
+    val = evaluate(run, model, val_features_of, ValLoader(val_samples, run.device_batch, workers=config.data.workers),
                    open_bank(run, train_set), len(val_set.classes))
     run.save_model("last.pt", nn.ModuleDict({"quantize": model.quantize}), val)
     run.write_alone(val)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from beitv2 import (POOLINGS, Classifier, ModelConfig, VisionTransformer, load_pretrained, model_state, read_checkpoint,
                     saved_section, timm_state)
-from data import ValView, normalize, to_unit
+from data import ValSamples, normalize, to_unit
 from support.datasets import Images, open_files
 from support.errors import UserError, explained
 from support.files import save_atomically, stage_checkpoint
@@ -87,20 +87,20 @@ def open_classifier(config) -> tuple[Classifier, list[str] | None]:
 
 
 class OrBlack(Dataset):
-    """view[index]: `image` as ValView gives it, and `error`: "", or why it cannot be read, and then the image is black.
+    """samples[index]: `image` as ValSamples gives it, and `error`: "", or why it cannot be read, and the image is black.
 
     One broken file in a thousand must not take the results of the others.
     """
 
     def __init__(self, images: Images, image_size: int):
-        self.dataset, self.view, self.size = images, ValView(images, image_size), image_size
+        self.dataset, self.samples, self.size = images, ValSamples(images, image_size), image_size
 
     def __len__(self) -> int:
-        return len(self.view)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> dict:
         try:
-            return {"image": self.view[index]["image"], "index": index, "error": ""}
+            return {"image": self.samples[index]["image"], "index": index, "error": ""}
         except UserError as error:
             black = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
             return {"image": black, "index": index, "error": str(error)}

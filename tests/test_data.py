@@ -40,9 +40,9 @@ def folder(path: Path, train=40, val=20, classes=("cat", "dog")) -> data.DataCon
     return data.DataConfig("imagefolder", root=str(path), image_size=16, workers=0)
 
 
-def full_view(dataset, seed=3):
-    """A view that draws everything there is to draw."""
-    return data.TrainView(dataset, seed, 16, jitter=0.4, num_masked=6, mask_grid=4, min_block=2, rand_augment=True, erase=0.5)
+def full_samples(dataset, seed=3):
+    """Samples that draw everything there is to draw."""
+    return data.TrainSamples(dataset, seed, 16, jitter=0.4, num_masked=6, mask_grid=4, min_block=2, rand_augment=True, erase=0.5)
 
 
 def same(a: dict, b: dict) -> bool:
@@ -133,43 +133,43 @@ def test_more_masked_patches_than_patches():
     with pytest.raises(UserError, match="17 masked patches .* 16 patches"):
         data.block_mask(4, 17, 4)
     with pytest.raises(UserError, match="17 masked patches"):
-        data.TrainView(shapes(), 0, 32, num_masked=17, mask_grid=4)
+        data.TrainSamples(shapes(), 0, 32, num_masked=17, mask_grid=4)
 
 
 # --- a training sample -----------------------------------------------------------------------------------------
 
 
 def test_a_sample_has_what_was_asked_for():
-    sample = full_view(shapes())[0, 7]
+    sample = full_samples(shapes())[0, 7]
     assert sample["image"].shape == (3, 16, 16) and sample["image"].dtype == torch.uint8
     assert sample["label"] == 7 and sample["index"] == 7 and sample["unreadable"] == -1
     assert sample["mask"].shape == (16,) and sample["mask"].sum() == 6
     assert sample["jitter"].shape == (3,) and ((sample["jitter"] >= 0.6) & (sample["jitter"] <= 1.4)).all()
-    assert data.TrainView(shapes(), 0, 16)[0, 7].keys() == {"image", "label", "index", "unreadable"}
+    assert data.TrainSamples(shapes(), 0, 16)[0, 7].keys() == {"image", "label", "index", "unreadable"}
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone():
-    view, other_seed = full_view(shapes()), full_view(shapes(), seed=4)
+    samples, other_seed = full_samples(shapes()), full_samples(shapes(), seed=4)
     torch.manual_seed(0)
-    once, following = view[2, 5], torch.rand(3)
+    once, following = samples[2, 5], torch.rand(3)
     torch.manual_seed(0)
     assert torch.equal(torch.rand(3), following), "drawing a sample moved the caller's generator"
     torch.manual_seed(99)
-    assert same(view[2, 5], once)
-    for another in (view[3, 5], other_seed[2, 5]):
+    assert same(samples[2, 5], once)
+    for another in (samples[3, 5], other_seed[2, 5]):
         assert not torch.equal(another["image"], once["image"]) and not torch.equal(another["jitter"], once["jitter"])
-    assert len({tuple(view[epoch, 5]["mask"].tolist()) for epoch in range(10)}) > 5
+    assert len({tuple(samples[epoch, 5]["mask"].tolist()) for epoch in range(10)}) > 5
 
 
 def test_rand_augment_gets_the_crop_and_its_result_is_the_sample():
-    plain, augmented = (data.TrainView(shapes(), 0, 16, rand_augment=on) for on in (False, True))
+    plain, augmented = (data.TrainSamples(shapes(), 0, 16, rand_augment=on) for on in (False, True))
     given = []
     augmented.rand_augment = lambda picture: given.append(picture) or ImageOps.invert(picture)
     for epoch in range(4):
         image = plain[epoch, 3]["image"]
         assert torch.equal(augmented[epoch, 3]["image"], 255 - image)
         assert np.array_equal(given[-1], image.permute(1, 2, 0))
-    changed = [not torch.equal(plain[e, 3]["image"], data.TrainView(shapes(), 0, 16, rand_augment=True)[e, 3]["image"])
+    changed = [not torch.equal(plain[e, 3]["image"], data.TrainSamples(shapes(), 0, 16, rand_augment=True)[e, 3]["image"])
                for e in range(8)]
     assert sum(changed) >= 6
 
@@ -181,10 +181,10 @@ def test_crops_cover_the_asked_share_and_half_are_flipped():
         def __len__(self): return 1
         def load(self, _): return torch.from_numpy(np.stack([ramp, ramp.T, ramp]))
         def label(self, _): return 0
-    view = data.TrainView(Ramp(), 0, 32, crop_scale=(0.2, 0.5))
+    samples = data.TrainSamples(Ramp(), 0, 32, crop_scale=(0.2, 0.5))
     flips, areas = [], []
     for epoch in range(400):
-        image = view[epoch, 0]["image"].float()
+        image = samples[epoch, 0]["image"].float()
         across, down = image[0, :, -1].mean() - image[0, :, 0].mean(), image[1, -1].mean() - image[1, 0].mean()
         flips.append(bool(across < 0))
         areas.append(float(across.abs() * down) / 256 ** 2 * (32 / 31) ** 2)
@@ -203,7 +203,7 @@ def erased_box(before: torch.Tensor, after: torch.Tensor) -> list[int] | None:
 
 
 def test_erased_boxes_have_the_asked_probability_and_area():
-    plain, erasing = (data.TrainView(shapes(count=10), 0, 64, erase=erase) for erase in (0.0, 0.25))
+    plain, erasing = (data.TrainSamples(shapes(count=10), 0, 64, erase=erase) for erase in (0.0, 0.25))
     boxes = [erased_box(plain[epoch, 0]["image"], erasing[epoch, 0]["image"]) for epoch in range(600)]
     erased = [box for box in boxes if box]
     assert 0.19 < len(erased) / 600 < 0.31
@@ -228,7 +228,7 @@ def test_a_box_is_filled_with_normal_noise_and_nothing_else_is_changed():
 
 def test_where_torchvision_finds_no_box_nothing_is_erased(monkeypatch):
     monkeypatch.setattr(data.RandomErasing, "get_params", lambda image, *_: (0, 0, *image.shape[1:], image))
-    plain, erasing = (data.TrainView(shapes(), 0, 16, erase=erase)[0, 0]["image"] for erase in (0.0, 1.0))
+    plain, erasing = (data.TrainSamples(shapes(), 0, 16, erase=erase)[0, 0]["image"] for erase in (0.0, 1.0))
     assert torch.equal(plain, erasing)
 
 
@@ -236,28 +236,28 @@ def test_where_torchvision_finds_no_box_nothing_is_erased(monkeypatch):
 
 
 def test_with_views_the_crop_comes_back_and_all_else_is_drawn_anew():
-    view = data.TrainView(shapes(), 3, 16, jitter=0.4, num_masked=6, mask_grid=4, min_block=2, views=2)
-    first, other, again = (batch_of(view, epoch) for epoch in (0, 1, 2))
+    samples = data.TrainSamples(shapes(), 3, 16, jitter=0.4, num_masked=6, mask_grid=4, min_block=2, views=2)
+    first, other, again = (batch_of(samples, epoch) for epoch in (0, 1, 2))
     assert first["row"].tolist() == again["row"].tolist() == [5, 6] and other["row"].tolist() == [45, 46]
     assert torch.equal(first["image"], again["image"]) and not torch.equal(first["image"], other["image"])
     for drawn in ("jitter", "mask"):
         assert not torch.equal(first[drawn], again[drawn]) and not torch.equal(first[drawn][0], first[drawn][1])
-    assert same(again, batch_of(view, 2))
-    assert torch.equal(first["image"][0], data.TrainView(shapes(), 0, 16, jitter=0.4)[0, 5]["image"])  # as without views
-    assert torch.equal(other["image"][0], view.fixed()[40 + 5]["image"]) and len(view.fixed()) == 80
-    reseeded = batch_of(data.TrainView(shapes(), 4, 16, jitter=0.4, num_masked=6, mask_grid=4, min_block=2, views=2), 0)
+    assert same(again, batch_of(samples, 2))
+    assert torch.equal(first["image"][0], data.TrainSamples(shapes(), 0, 16, jitter=0.4)[0, 5]["image"])  # as without views
+    assert torch.equal(other["image"][0], samples.fixed()[40 + 5]["image"]) and len(samples.fixed()) == 80
+    reseeded = batch_of(data.TrainSamples(shapes(), 4, 16, jitter=0.4, num_masked=6, mask_grid=4, min_block=2, views=2), 0)
     assert torch.equal(first["image"], reseeded["image"])  # another seed has the same crops, but draws all else anew
     for drawn in ("jitter", "mask"):
         assert not torch.equal(first[drawn], reseeded[drawn])
-    assert data.TrainView(shapes(), 3, 16).fixed() is None
+    assert data.TrainSamples(shapes(), 3, 16).fixed() is None
 
 
-def batch_of(view, epoch: int) -> dict:
-    return view.__getitems__([(epoch, 5), (epoch, 6)])
+def batch_of(samples, epoch: int) -> dict:
+    return samples.__getitems__([(epoch, 5), (epoch, 6)])
 
 
 def test_fixed_crops_are_erased_anew_each_time():
-    plain, erasing = (data.TrainView(shapes(), 3, 16, erase=erase, views=1) for erase in (0.0, 1.0))
+    plain, erasing = (data.TrainSamples(shapes(), 3, 16, erase=erase, views=1) for erase in (0.0, 1.0))
     crops, first, again = batch_of(plain, 0)["image"], batch_of(erasing, 0)["image"], batch_of(erasing, 1)["image"]
     assert not torch.equal(first, again) and torch.equal(erasing.fixed()[5]["image"], crops[0])
 
@@ -272,7 +272,7 @@ def test_the_evaluation_crop(size, left_out):
         def __len__(self): return 1
         def load(self, _): return torch.linspace(0, 255, 1024).byte().expand(3, 512, 1024)
         def label(self, _): return 0
-    (batch,) = ValLoader(data.ValView(Ramp(), size), 1)
+    (batch,) = ValLoader(data.ValSamples(Ramp(), size), 1)
     assert batch["image"].shape == (1, 3, size, size) and batch["image"].dtype == torch.uint8
     shorter = size + 2 * left_out  # 256 for 224
     margin = (2 * shorter - size) / 2 / (2 * shorter)  # of the width, on either side

@@ -156,7 +156,7 @@ def test_patterns_reach_into_folders_and_what_is_passed_over_is_named(tmp_path, 
     assert found("**/*.jpg") == ["0.jpg", "x/y/2.jpg"]
     assert found("x/**") == found("x") == ["x/1.JFIF", "x/y/2.jpg"] and found("*.jpg") == ["0.jpg"]
     printed = capsys.readouterr()
-    assert printed.out == "" and f"2 images without classes in {tmp_path}/x; passed over: 1 .txt, 1 broken links" in printed.err
+    assert printed.out == "" and f"2 images in {tmp_path}/x; passed over: 1 .txt, 1 broken links" in printed.err
     assert found("only/*.gif") == ["only/4.gif"], "who names a file means it"
     with pytest.raises(UserError, match="there is no image at .*only'; passed over: 1 .gif: give the path"):
         found("only")

@@ -36,9 +36,9 @@ def run_of(path: Path, **options):
                                  precision=types.SimpleNamespace(name="fp32"), autocast=contextlib.nullcontext)
 
 
-def make(path: Path, ask=mean_colours, seed=3, scale=(0.08, 1.0), about="mean", dtype="float32", view=None) -> Frozen:
-    view = view or data.TrainView(shapes(), seed, 16, scale, num_masked=6, mask_grid=4, min_block=2, views=2)
-    return Frozen(run_of(path), ask, "colours", view, about, dtype)
+def make(path: Path, ask=mean_colours, seed=3, scale=(0.08, 1.0), about="mean", dtype="float32", samples=None) -> Frozen:
+    samples = samples or data.TrainSamples(shapes(), seed, 16, scale, num_masked=6, mask_grid=4, min_block=2, views=2)
+    return Frozen(run_of(path), ask, "colours", samples, about, dtype)
 
 
 def refuse(images: torch.Tensor):
@@ -52,15 +52,15 @@ def file_in(path: Path) -> Path:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_each_batch_gets_the_answers_for_its_own_crops(tmp_path, workers):
-    view = data.TrainView(shapes(), 3, 16, num_masked=6, mask_grid=4, min_block=2, views=2)
-    colours = make(tmp_path, view=view)
+    samples = data.TrainSamples(shapes(), 3, 16, num_masked=6, mask_grid=4, min_block=2, views=2)
+    colours = make(tmp_path, samples=samples)
     colours.ask = refuse  # from here on, the file answers
-    loader = TrainLoader(view, 8, seed=1, workers=workers)
+    loader = TrainLoader(samples, 8, seed=1, workers=workers)
     for epoch in (0, 1, 2):
         for batch in loader.epoch(epoch):
             assert torch.equal(colours(batch), mean_colours(batch["image"] / 255))
-    val = data.ValView(shapes("val"), 16)
-    colours = make(tmp_path, view=val)
+    val = data.ValSamples(shapes("val"), 16)
+    colours = make(tmp_path, samples=val)
     batch = next(iter(ValLoader(val, 8, rank=1, world_size=2)))
     assert torch.equal(colours(batch), mean_colours(batch["image"] / 255))
 
@@ -75,8 +75,8 @@ def test_answers_are_float32_or_int64_whatever_the_file_holds(tmp_path, dtype, a
 
 def test_without_a_cache_fixed_crops_are_seen_as_they_are_and_new_ones_as_the_student_sees_them():
     for views, seen in ((2, 0.0), (0, 1.0)):
-        view = data.TrainView(shapes(), 3, 16, jitter=0.4, views=views)
-        colours = Frozen(run_of(Path("nowhere"), views=views, cache="none"), mean_colours, "colours", view, "", "float32")
+        samples = data.TrainSamples(shapes(), 3, 16, jitter=0.4, views=views)
+        colours = Frozen(run_of(Path("nowhere"), views=views, cache="none"), mean_colours, "colours", samples, "", "float32")
         batch = {"image": torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "row": torch.tensor([0, 1])}
         assert torch.equal(colours(batch, torch.ones(2, 3, 16, 16)), torch.full((2, 3), seen))
         assert torch.equal(colours(batch), torch.zeros(2, 3))
@@ -84,8 +84,8 @@ def test_without_a_cache_fixed_crops_are_seen_as_they_are_and_new_ones_as_the_st
 
 def test_answers_have_no_gradient(tmp_path):
     layer = torch.nn.Linear(3, 2)
-    view = data.TrainView(shapes(), 3, 16)
-    asked = Frozen(run_of(tmp_path, views=0), lambda images: layer(mean_colours(images)), "x", view, "", "float32")
+    samples = data.TrainSamples(shapes(), 3, 16)
+    asked = Frozen(run_of(tmp_path, views=0), lambda images: layer(mean_colours(images)), "x", samples, "", "float32")
     assert not asked({"image": torch.zeros(2, 3, 16, 16, dtype=torch.uint8)}).requires_grad
 
 
@@ -110,7 +110,7 @@ def test_a_cache_is_computed_once_and_goes_on_where_it_was(tmp_path):
 def test_other_crops_networks_or_data_sets_have_a_cache_of_their_own(tmp_path):
     make(tmp_path)
     for number, options in enumerate((dict(scale=(0.5, 1.0)), dict(about="median"), dict(dtype="float16"), dict(
-            view=data.TrainView(shapes(size=40), 3, 16, views=2))), 2):  # the last: as many images, but others
+            samples=data.TrainSamples(shapes(size=40), 3, 16, views=2))), 2):  # the last: as many images, but others
         make(tmp_path, **options)
         assert len(list(tmp_path.iterdir())) == number
     make(tmp_path, refuse)

@@ -213,10 +213,10 @@ def recipe(name: str):
 def test_the_papers_recipes_take_their_steps_on_a_gpu(start, fake_gpu, monkeypatch, name, script):
     """At full size, with the configured device_batch_size; but one micro-batch a step, and one image many times."""
     images = getattr(recipe(name), script).device_batch_size
-    draw, sample = data.TrainView.__getitem__, []
+    draw, sample = data.TrainSamples.__getitem__, []
 
-    def same_sample(view, key):
-        sample.extend([] if sample else [draw(view, key)])
+    def same_sample(samples, key):
+        sample.extend([] if sample else [draw(samples, key)])
         return sample[0]
 
     def on_gpu(build):
@@ -225,7 +225,7 @@ def test_the_papers_recipes_take_their_steps_on_a_gpu(start, fake_gpu, monkeypat
                 return build(*arguments, **options)
         return built
 
-    monkeypatch.setattr(data.TrainView, "__getitem__", same_sample)
+    monkeypatch.setattr(data.TrainSamples, "__getitem__", same_sample)
     monkeypatch.setattr(vqkd, "open_teacher", on_gpu(lambda config: TEACHERS["clip_vitb16"].build(grid=14)))
     for place, build in ((vqkd, "build_vqkd"), (pretrain, "build_model"), (finetune, "Classifier")):
         monkeypatch.setattr(place, build, on_gpu(getattr(place, build)))

@@ -1065,8 +1065,8 @@ def trained(home: Path) -> tuple[finetune.Classifier, torch.Tensor]:
                                 rel_pos_bias="per_block")
     model.load_state_dict(content["model"])
     images = open_files(str(photos(home)))
-    view = data.ValView(images, 16)
-    return model.eval(), torch.stack([data.normalize(view[i]["image"] / 255) for i in range(len(images))])
+    samples = data.ValSamples(images, 16)
+    return model.eval(), torch.stack([data.normalize(samples[i]["image"] / 255) for i in range(len(images))])
 
 
 @torch.no_grad()
@@ -1114,8 +1114,8 @@ def test_encode_prints_and_saves_code_grids(home, capsys):
         assert [[int(code) for code in row.split()] for row in rows] == grid
     model = tokenizer.build_vqkd(load_tiny(home), 108).eval()
     model.load_state_dict(torch.load(home / "base/tokenizer/last.pt", weights_only=True)["model"])
-    view = data.ValView(open_files(f"{home}/photos"), 16)
-    assert torch.equal(model.token_ids(torch.stack([view[i]["image"] / 255 for i in range(6)])).view(6, 4, 4), saved["codes"])
+    samples = data.ValSamples(open_files(f"{home}/photos"), 16)
+    assert torch.equal(model.token_ids(torch.stack([samples[i]["image"] / 255 for i in range(6)])).view(6, 4, 4), saved["codes"])
 
 
 def load_tiny(home: Path):
@@ -1135,7 +1135,7 @@ def test_published_tokenizers_with_other_decoders_and_teachers_encode(home, deco
     torch.save({"model": state, "epoch": 99}, home / "vqkd.pth")
     start("tokenizer", home, "published", "tokenizer.mode=encode", f"tokenizer.images={photos(home)}/a.png",
           f"tokenizer.weights={home}/vqkd.pth", f"tokenizer.output={home}/published.pt")
-    image = data.ValView(open_files(f"{home}/photos/a.png"), 16)[0]["image"][None] / 255
+    image = data.ValSamples(open_files(f"{home}/photos/a.png"), 16)[0]["image"][None] / 255
     codes = torch.load(home / "published.pt", weights_only=True)["codes"]
     assert torch.equal(codes.flatten(1), model.eval().token_ids(image))
 
@@ -1168,10 +1168,10 @@ def test_evaluation_on_some_of_the_classes(home, capsys):
     assert "12 images of 3 of the model's 10 classes" in shown
     model, _ = trained(home)
     images = open_classes(str(root))
-    view = data.ValView(images, 16)
+    samples = data.ValSamples(images, 16)
     columns = [list(SHAPES).index(name) for name in images.classes]
     with torch.no_grad():
-        logits = torch.stack([model(data.normalize(view[i]["image"][None] / 255))[0] for i in range(12)])[:, columns]
+        logits = torch.stack([model(data.normalize(samples[i]["image"][None] / 255))[0] for i in range(12)])[:, columns]
     assert f"top1 {(logits.argmax(dim=1) == torch.tensor(images.labels)).float().mean():.4f}" in shown
     (root / "ring").rename(root / "unicorn")
     assert "does not know the class 'unicorn'" in refusal("finetune", home, "base", *given)

@@ -97,9 +97,9 @@ def test_an_annotation_of_another_size_names_the_image(tmp_path):
     image, path = write(tmp_path)
     Image.new("L", (31, 24)).save(path)
     with pytest.raises(UserError, match=f"{image}' has 32 x 24 pixels, but its annotation has 31 x 24"):
-        segment.CropView(dataset(tmp_path), 0, config().segment)[0, 0]
+        segment.CropSamples(dataset(tmp_path), 0, config().segment)[0, 0]
     with pytest.raises(UserError, match="31 x 24"):
-        segment.WholeView(dataset(tmp_path), config().segment)[0]
+        segment.WholeSamples(dataset(tmp_path), config().segment)[0]
 
 
 def test_missing_annotations_and_empty_folders(tmp_path):
@@ -127,7 +127,7 @@ def test_pictures_of_every_kind(tmp_path):
     images = dataset(tmp_path)
     assert len(images) == 4
     for i in range(4):
-        sample = segment.WholeView(images, config().segment)[i]
+        sample = segment.WholeSamples(images, config().segment)[i]
         assert sample["image"].shape == (3, 24, 32) and (sample["image"].float() - 90).abs().max() <= 3, images.name(i)
 
 
@@ -172,10 +172,10 @@ class Painted:
         return self.labels
 
 
-def view(**options) -> segment.CropView:
-    view = segment.CropView(Painted(), 0, config(**options).segment)
-    view.distort = lambda image: image
-    return view
+def view(**options) -> segment.CropSamples:
+    samples = segment.CropSamples(Painted(), 0, config(**options).segment)
+    samples.distort = lambda image: image
+    return samples
 
 
 def test_image_and_labels_are_augmented_together():
@@ -191,16 +191,16 @@ def test_image_and_labels_are_augmented_together():
 
 
 def test_a_sample_is_the_same_whenever_it_is_drawn():
-    first, again = (segment.CropView(Painted(), 0, config().segment)[3, 0] for _ in range(2))
+    first, again = (segment.CropSamples(Painted(), 0, config().segment)[3, 0] for _ in range(2))
     assert torch.equal(first["image"], again["image"]) and torch.equal(first["labels"], again["labels"])
-    other = segment.CropView(Painted(), 1, config().segment)[3, 0]
+    other = segment.CropSamples(Painted(), 1, config().segment)[3, 0]
     assert not torch.equal(first["image"], other["image"])
 
 
 def test_colours_are_distorted_in_the_image_only():
     changed = 0
     for epoch in range(20):  # each of the four changes has a chance of one half
-        plain, distorted = view()[epoch, 0], segment.CropView(Painted(), 0, config().segment)[epoch, 0]
+        plain, distorted = view()[epoch, 0], segment.CropSamples(Painted(), 0, config().segment)[epoch, 0]
         assert torch.equal(plain["labels"], distorted["labels"])
         changed += not torch.equal(plain["image"], distorted["image"])
     assert 15 <= changed < 20
@@ -209,7 +209,7 @@ def test_colours_are_distorted_in_the_image_only():
 def test_small_images_are_padded_with_what_counts_for_nothing():
     """At the right and the bottom, with the mean colour: as in evaluation, where it is an exact 0."""
     for epoch in range(10):
-        crop = segment.CropView(Painted(), 0, config(crop_size=128, short_side=40, long_side=56).segment)[epoch, 0]
+        crop = segment.CropSamples(Painted(), 0, config(crop_size=128, short_side=40, long_side=56).segment)[epoch, 0]
         padding = crop["labels"] == IGNORE
         assert 0 < padding.float().mean() < 1 and not padding[:20, :20].any() and padding[-1].all()
         assert crop["image"][:, padding].unique(dim=1).tolist() == [[round(255 * mean)] for mean in data.IMAGENET_MEAN]

@@ -19,7 +19,7 @@ sys.path.insert(0, str(CODE))
 import beitv2  # noqa: E402
 import finetune  # noqa: E402
 import tokenizer  # noqa: E402
-from data import ValView, normalize, to_unit  # noqa: E402
+from data import ValSamples, normalize, to_unit  # noqa: E402
 from support import use  # noqa: E402
 from support.datasets import open_files  # noqa: E402
 from support.errors import UserError  # noqa: E402
@@ -81,8 +81,8 @@ def save_classifier(tmp_path: Path, photos: Path, num_heads=4, pooling="mean", f
 
 
 def inputs(photos: Path) -> torch.Tensor:
-    view = ValView(open_files(str(photos)), 16)
-    return normalize(to_unit(torch.stack([view[i]["image"] for i in range(len(view))])))
+    samples = ValSamples(open_files(str(photos)), 16)
+    return normalize(to_unit(torch.stack([samples[i]["image"] for i in range(len(samples))])))
 
 
 def lines(tmp_path: Path) -> list[str]:
@@ -192,8 +192,8 @@ def test_codes_of_what_can_be_read(tmp_path, photos, capsys):
     model = tokenizer.build_vqkd(config, 108).eval()
     (tmp_path / "out/tokenizer").mkdir(parents=True)
     torch.save({"model": model.state_dict(), "config": as_dict(config)}, tmp_path / "out/tokenizer/last.pt")
-    view = ValView(open_files(str(photos)), 16)
-    want = model.token_ids(to_unit(torch.stack([view[i]["image"] for i in (0, 2, 3, 4)]))).view(4, 4, 4)
+    samples = ValSamples(open_files(str(photos)), 16)
+    want = model.token_ids(to_unit(torch.stack([samples[i]["image"] for i in (0, 2, 3, 4)]))).view(4, 4, 4)
     assert len(want.unique()) > 4
     (photos / "b.jpg").write_bytes(b"no image")
     with pytest.raises(UserError, match="b.jpg' cannot be read .*; the codes of the others are in .*codes.pt"):

@@ -153,8 +153,8 @@ def test_the_pixel_decoder_learns_what_codes_say():
 
     torch.manual_seed(0)
     tokenizer = Brightness()
-    view = data.TrainView(Shapes("train", 64, 16), 0, 16, (0.7, 1.0))
-    decoder = visualize.train_pixel_decoder(tokenizer, view, 120, torch.device("cpu"))
+    samples = data.TrainSamples(Shapes("train", 64, 16), 0, 16, (0.7, 1.0))
+    decoder = visualize.train_pixel_decoder(tokenizer, samples, 120, torch.device("cpu"))
     ids = torch.tensor([[[0, 3], [3, 0]]]).repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
     painted = decoder(ids)[0].mean(dim=0)
     dark, bright = painted[:8, :8].mean(), painted[:8, 8:].mean()
