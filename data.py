@@ -34,7 +34,7 @@ from support.options import Count, Natural, PathText
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BICUBIC, BILINEAR = v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEAR
+BICUBIC = v2.InterpolationMode.BICUBIC
 
 
 @dataclass
@@ -234,10 +234,9 @@ class TrainSamples(SeededSamples):
         self.num_masked, self.mask_grid, self.min_block = num_masked, mask_grid, min_block
         # RandAugment (arXiv 1909.13719): two random operations, such as rotate or shear. With 11 bins, magnitude 9 is
         # the angles and strengths of timm, which the paper used (`rand-m9-mstd0.5-inc1`, without its noise). But
-        # Posterize keeps 4 bits here and 1 there, timm's list has Invert and SolarizeAdd instead of Identity, and it
-        # turns and shears bicubically, for which a sample takes half as long again.
+        # Posterize keeps 4 bits here and 1 there, and timm's list has Invert and SolarizeAdd instead of Identity.
         mean_colour = [round(255 * channel) for channel in IMAGENET_MEAN]
-        self.rand_augment = v2.RandAugment(2, 9, 11, BILINEAR, mean_colour) if rand_augment else None
+        self.rand_augment = v2.RandAugment(2, 9, 11, BICUBIC, mean_colour) if rand_augment else None
         self.fixed_crops = FixedCrops(self)
 
     def draw(self, index: int) -> dict:

@@ -37,7 +37,7 @@ from torchvision.transforms import v2
 from beitv2 import (POOLINGS, Classifier, ModelConfig, ModelError, VisionTransformer, load_pretrained, model_state,
                     read_model)
 from data import DataConfig, TrainSamples, ValSamples, normalize, to_unit
-from support.datasets import open_datasets, open_val_folder
+from support.datasets import open_datasets, open_val_folder, require_labels
 from support.errors import UserError
 from support.figures import results
 from support.files import say_if_unfinished, stage_checkpoint
@@ -110,6 +110,7 @@ def finetune(config) -> None:
     cfg, size = config.finetune, config.data.image_size
     run = Run(stage_folder(cfg), config, cfg)
     train_set, val_set = open_datasets(config.data)
+    require_labels(train_set, "fine-tuning")
     num_classes = len(train_set.classes)
     run.notes = {"classes": train_set.classes}
     samples = TrainSamples(train_set, config.seed, size, cfg.crop_scale, rand_augment=cfg.rand_augment, erase=cfg.erase)
@@ -318,6 +319,7 @@ def knn(config) -> None:
     run = Run(stage_folder(config.finetune), config, config.finetune)
     run.claim_folder()
     train_set, val_set = open_datasets(config.data)
+    require_labels(train_set, "k-NN")
     model, _ = open_backbone(run)
     bank = extract_features(run, model, open_val_loader(run, train_set, strict=False), len(train_set))
     queries = extract_features(run, model, open_val_loader(run, val_set), len(val_set))
@@ -383,7 +385,10 @@ def linear_probe(config) -> None:
     run = Run(stage_folder(cfg), config, dataclasses.replace(cfg, epochs=cfg.probe_epochs, lr=1.0, min_lr=0.0,
                                                              warmup_epochs=0))
     train_set, val_set = open_datasets(config.data)
+    require_labels(train_set, "a linear probe")
     run.notes = {"classes": train_set.classes}
+    if run.train.batch_size == 1:
+        raise UserError("BatchNorm needs at least two images at once: raise finetune.batch_size for a linear probe")
     backbone, source = open_backbone(run)
     widths = {kind: part.shape[1] for kind, part in pooled(torch.zeros(1, 2, backbone.embed_dim)).items()}
     probes = LinearProbes(widths, len(train_set.classes), len(cfg.probe_lrs)).to(run.device)
@@ -445,6 +450,8 @@ def evaluate_only(config) -> None:
     """
     run = Run(stage_folder(config.finetune), config, config.finetune)
     val_set = open_val_folder(config.data)
+    if not val_set.labelled:
+        require_labels(val_set, "validation")
     model, classes = open_classifier(config)
     columns = class_columns(val_set.classes, classes, model.head.out_features).to(run.device)
     figures = evaluate(run, model.to(run.device), open_val_loader(run, val_set), columns)

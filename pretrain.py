@@ -181,7 +181,7 @@ def measure(run: Run, model: MaskedImageModel, tokenizer: nn.Module, train_set, 
     cfg = run.config.pretrain
     paint_epoch(run, model, tokenizer, val_set, epoch)
     last = epoch + 1 == cfg.epochs
-    if cfg.knn_every and train_set.classes and ((epoch + 1) % cfg.knn_every == 0 or last):
+    if cfg.knn_every and len(train_set.classes) > 1 and ((epoch + 1) % cfg.knn_every == 0 or last):
         return knn_pulse(run, model, train_set, val_set, cfg.knn_images)
     return {}
 

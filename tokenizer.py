@@ -605,7 +605,7 @@ def bag_of_ids(ids: Tensor, num_ids: int) -> Tensor:
 
 def open_bank(run: Run, train_set) -> ValLoader | None:
     """Evenly chosen training images, cropped as for validation, that bag_knn compares with; None without bag_knn."""
-    if not run.config.tokenizer.knn_images or not train_set.classes:
+    if not run.config.tokenizer.knn_images or len(train_set.classes) < 2:
         return None
     images = min(run.config.tokenizer.knn_images, len(train_set))
     chosen = torch.linspace(0, len(train_set) - 1, images).long().tolist()

@@ -250,7 +250,7 @@ def found(*splits: "Images | Shapes") -> str:
     """Such as "12,345 images of 37 classes in ROOT/train, 800 in ROOT/val; passed over: 12 .gif, 3 .heic"."""
     first, *others = splits
     classes = f" of {len(first.classes)} class{'es' * (len(first.classes) > 1)}" if first.labelled else \
-        " without classes" * bool(others)
+        " without classes (so without k-NN, bag_knn and one_class)" * bool(others)
     counts = [f"{len(first):,} image{'s' * (len(first) > 1)}{classes} in {first.title}"]
     counts += [f"{len(split):,} in {split.title}" for split in others]
     return ", ".join(counts) + passed_text(sum((split.passed_over for split in splits), Counter()))
