@@ -938,17 +938,18 @@ def timm_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def resize_positions(name: str, value: Tensor, target: Tensor) -> Tensor:
-    """Bring a bias table [(2g-1)^2 + 3, H] or position embedding [1, 1 + g^2, D] to the target's grid, bicubically.
+    """Bring a bias table [(2g-1)^2 + 3, H] or position embedding [1, 1 + g^2, D] to the target's grid.
 
-    Fine-tuning on larger images gives more patches, so more displacements and places. Interpolating what was learned
-    gives neighbouring places similar values, as they were before. What belongs to [CLS] has no place, and is kept.
-    A tensor that fits already, or that holds no positions, is returned as it is.
+    Fine-tuning on larger images gives more patches, so more displacements and places, for which values are read
+    between those that were learned. Both ways are the published ones: see resize_bias, and resize_grid for position
+    embeddings. What belongs to [CLS] has no place, and is kept. A tensor that fits already, or that holds no
+    positions, is returned as it is.
     """
     if value.shape == target.shape or value.ndim != target.ndim or value.shape[-1] != target.shape[-1]:
         return value
     if name.endswith("relative_position_bias_table"):
         grid, extra = value[:-3], value[-3:]
-        return torch.cat([resize_grid(grid, len(target) - 3), extra])
+        return torch.cat([resize_bias(grid, len(target) - 3), extra])
     if name.endswith("pos_embed"):
         extra, grid = value[0, :1], value[0, 1:]
         return torch.cat([extra, resize_grid(grid, target.shape[1] - 1)])[None]
@@ -956,10 +957,64 @@ def resize_positions(name: str, value: Tensor, target: Tensor) -> Tensor:
 
 
 def resize_grid(values: Tensor, length: int) -> Tensor:
-    """Interpolate a square grid of vectors, [side^2, D] row by row, to [length, D], where length is a square too."""
+    """Stretch a square grid of vectors, [side^2, D] row by row, to [length, D], where length is a square too.
+
+    A position embedding says where in the image a patch lies. The grid is stretched like a picture (bicubically), so
+    that the last column stays the last: each place keeps what was learned for the same share of the image.
+    """
     old, new = math.isqrt(len(values)), math.isqrt(length)
     if not old or old**2 != len(values) or new**2 != length:
         return values
     values = values.float().T.reshape(1, -1, old, old)
     values = F.interpolate(values, size=(new, new), mode="bicubic", align_corners=False)
     return values.reshape(-1, length).T
+
+
+def resize_bias(values: Tensor, length: int) -> Tensor:
+    """Bring the displacements of a bias table, [side^2, H] row by row, to [length, H]; both are squares of odd numbers.
+
+    A bias says how far apart two patches are, and a patch has its direct neighbours at one patch's distance, however
+    many patches there are. What was learned about neighbours is the strongest of a table, so it must stay what it is.
+    A stretched table would break this: from 27 to 47 columns, "one to the right" would get what belonged to 0.57 of
+    a patch. But the farthest of the new displacements, 23, must be read from a table that ends at 13.
+
+    So the old displacements are put at growing distances, at 1, 1 + q, 1 + q + q^2, ... to both sides of 0, with q
+    such that the last one comes to lie where the new table ends: q = 1.09 from 13 to 23. Near 0 these are almost the
+    old distances, and 0 and 1 exactly so. The steps become longer only far away, where the bias changes little from
+    one patch to the next. A cubic spline through the old values is then read at 0, 1, 2, ..., rows and columns alike.
+
+    A smaller table has q = 1.01, the least that is allowed: it is nearly the middle of the old one, cut out. The
+    largest q is 1.5. If the old table ends too early even so, what lies beyond gets its last value.
+    """
+    old, new = math.isqrt(len(values)), math.isqrt(length)
+    if old % 2 == 0 or old**2 != len(values) or new**2 != length:
+        return values
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:  # halve the interval until it holds nothing but the ratio
+        q = (low + high) / 2
+        low, high = (low, q) if (q**(old // 2) - 1) / (q - 1) > new // 2 else (q, high)
+    # 1 + q + ... + q^(i-1) = (q^i - 1) / (q - 1). In double precision, because a spline multiplies rounding errors.
+    distances = (q**torch.arange(old // 2 + 1, dtype=torch.float64) - 1) / (q - 1)
+    positions = torch.cat([-distances[1:].flip(0), distances])  # [old]
+    wanted = (torch.arange(new, dtype=torch.float64) - new // 2).clamp(positions[0], positions[-1])  # [new]
+    weights = spline_weights(positions, wanted)
+    grid = weights @ values.double().view(old, old, -1).permute(2, 0, 1) @ weights.T  # [H, new, new]
+    return grid.flatten(1).T.float()
+
+
+def spline_weights(positions: Tensor, wanted: Tensor) -> Tensor:
+    """What each value at `positions` [P] counts for a cubic spline at `wanted` [W]: float64 [W, P]. It is linear in them.
+
+    A cubic spline is one cubic polynomial between each two knots, and so smooth at the knots that only the third
+    derivative jumps. So it is a sum of 1, x, x^2, x^3 and of one term c (x - knot)^3 to the right of each knot. These
+    are P terms, and P coefficients follow from P values, if all positions but the two outermost at each end are knots
+    (the usual choice, called not-a-knot). Up to three positions give the polynomial through them.
+    """
+    def terms(x: Tensor) -> Tensor:  # [X] -> [X, P]; scaled, so that cubes stay near 1
+        powers = [x**i for i in range(min(4, len(positions)))]
+        return torch.stack(powers + [(x - knot).clamp(min=0)**3 for knot in positions[2:-2]], dim=1)
+
+    scale = len(positions)
+    positions, wanted = positions / scale, wanted / scale
+    # Coefficients are terms(positions)^-1 values, and the spline is terms(wanted) coefficients.
+    return torch.linalg.solve(terms(positions), terms(wanted), left=False)

@@ -415,18 +415,42 @@ def test_cls_entries_and_constants_survive_a_resize(old, new):
     assert torch.equal(resized[0, 0], positions[0, 0]) and torch.allclose(resized[0, 1:], torch.tensor(0.25))
 
 
-@pytest.mark.parametrize("old, new", [(8, 14), (14, 8)])
-def test_a_ramp_stays_a_ramp(old, new):
-    """Rows stay rows, columns stay columns, no offset stays no offset. torch's bicubic kernel (a = -0.75) bends a ramp
-    by up to 0.05 of a step, and the outermost three rows see the padding."""
+@pytest.mark.parametrize("old, new, ratio", [(8, 14, 1.2020988), (14, 24, 1.0903074), (14, 8, 1.01), (24, 14, 1.01)])
+def test_a_ramp_of_displacements(old, new, ratio):
+    """Neighbours keep their bias, and the old displacement i is found at 1 + q + ... + q^(i-1): where the new one is d,
+    that makes i = log(1 + d (q - 1)) / log(q). Rows stay rows, columns stay columns, and the signs theirs."""
     resized = beitv2.resize_positions(TABLE, ramp_table(old), torch.empty((2 * new - 1) ** 2 + 3, 2))
     side = 2 * new - 1
     found = resized[:-3].view(side, side, 2)
-    step = (2 * old - 1) / side
-    expected = ramp_table(new)[:-3].view(side, side, 2) * step
-    inner = slice(math.ceil(3 / step), -math.ceil(3 / step))
-    assert (found - expected)[inner, inner].abs().max() < 0.06
-    assert found[new - 1, new - 1].abs().max() < 1e-5
+    d = torch.arange(side) - (new - 1)
+    expected = d.sign() * torch.log1p(d.abs() * (ratio - 1)) / math.log(ratio)
+    assert (found[..., 0] - expected[:, None]).abs().max() < 2e-3  # between the positions, the spline is no logarithm
+    assert (found[..., 1] - expected[None, :]).abs().max() < 2e-3
+    middle = slice(new - 2, new + 1)
+    assert torch.allclose(found[middle, middle], ramp_table(2)[:-3].view(3, 3, 2), atol=1e-5)
+    if new > old:
+        assert found[-1, -1].tolist() == pytest.approx([old - 1, old - 1], abs=1e-3)
+
+
+@pytest.mark.parametrize("old", [1, 2, 3])
+def test_beyond_the_farthest_distance_there_is_the_last_value(old):
+    """The ratio is at most 1.5, so a tiny table ends at 1 or 2.5, wherever the new one ends."""
+    resized = beitv2.resize_positions(TABLE, ramp_table(old), torch.empty(23**2 + 3, 2))
+    found = resized[:-3].view(23, 23, 2)
+    last = torch.tensor([old - 1.0, old - 1.0])
+    assert torch.allclose(found[-9:, -9:], last.expand(9, 9, 2), atol=1e-5)
+    assert torch.allclose(found[:9, :9], -last.expand(9, 9, 2), atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+def test_a_spline_is_exact_for_cubic_polynomials_and_at_its_positions(count):
+    """Few positions allow polynomials of lower degree only. Between 5 and more, each cubic polynomial is found again."""
+    positions = torch.linspace(-2, 3, count, dtype=torch.float64) ** 3
+    wanted = torch.linspace(float(positions[0]), float(positions[-1]), 31, dtype=torch.float64)
+    weights = beitv2.spline_weights(positions, wanted)
+    for degree in range(min(4, count)):
+        assert torch.allclose(weights @ positions**degree, wanted**degree, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(beitv2.spline_weights(positions, positions), torch.eye(count, dtype=torch.float64), atol=1e-9)
 
 
 @pytest.mark.parametrize("size", [48, 16])
@@ -479,7 +503,7 @@ def test_a_tensor_of_another_rank_is_an_error_that_names_it(value):
         load_pretrained(tiny(), tiny().state_dict() | {"cls_token": value})
 
 
-@pytest.mark.parametrize("table", [torch.ones(2, 2), torch.ones(20, 2)])
+@pytest.mark.parametrize("table", [torch.ones(2, 2), torch.ones(20, 2), torch.ones(19, 2)])
 def test_a_bias_table_that_is_no_square_is_an_error(table):
     model = tiny(rel_pos_bias="per_block")
     with pytest.raises(ModelError, match=TABLE):
