@@ -4,6 +4,7 @@ The same by the scripts' commands is in test_scripts.py.
 """
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -204,6 +205,30 @@ def test_codes_of_what_can_be_read(tmp_path, photos, capsys):
         use.encode(configured(tmp_path, photos, script=tokenizer), tokenizer.load_tokenizer)
     printed = capsys.readouterr().out.partition(f"{photos}/caf\\xe9.png\n")[2].splitlines()[:4]
     assert [[int(number) for number in row.split()] for row in printed] == want[1].tolist()
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_an_export_for_transformers(tmp_path, photos, capsys, ours):
+    """Heads, pooling and classes are those of the checkpoint, and of the configuration where it does not say them."""
+    model = save_classifier(tmp_path, photos, num_heads=2, pooling="cls", ours=ours)
+    use.export(configured(tmp_path, photos, "finetune.pooling=mean"))
+    folder = tmp_path / "out/export/transformers"
+    written = json.loads((folder / "config.json").read_text())
+    assert written["num_attention_heads"] == 2 and written["use_mean_pooling"] is False and written["image_size"] == 16
+    want = ["cat", "dog", "caf\\xe9"] if ours else ["class 0", "class 1", "class 2"]
+    assert list(written["id2label"].values()) == want
+    size = 4 * sum(value.numel() for value in model.state_dict().values())
+    assert size < (folder / "model.safetensors").stat().st_size < size + 20_000
+    assert f"for transformers.BeitForImageClassification '{folder}'" in capsys.readouterr().out
+
+
+def test_an_export_of_a_model_that_transformers_does_not_have(tmp_path, photos, capsys):
+    state = save_classifier(tmp_path, photos).state_dict()
+    headless = {name: value for name, value in state.items() if not name.startswith("head")}
+    torch.save(headless, tmp_path / "out/finetune/best.pt")
+    use.export(configured(tmp_path, photos))
+    assert sorted(os.listdir(tmp_path / "out/export")) == ["published.pth", "timm.pth"]
+    assert "transformers" not in capsys.readouterr().out
 
 
 def test_two_processes_share_the_images(tmp_path, photos):
