@@ -29,6 +29,7 @@ The shape comments use these letters:
 
 import argparse
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -769,6 +770,7 @@ def lr_scale(name: str, depth: int, layer_decay: float) -> float:
 ALWAYS_DROPPED_ENDS = ("relative_position_index", "quantize.cluster_size", "quantize.embedding.initted",
                        "quantize.embedding.cluster_size", "quantize.embedding.embed_avg")
 ALWAYS_DROPPED_STARTS = ("teacher", "scaling", "loss")
+WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 
 
 @dataclass
@@ -793,11 +795,18 @@ class LoadReport:
         return "; ".join(parts)
 
 
+# What torch says of a type that it does not read from files, the name in one of the groups. It has no class of error
+# for it.
+FOREIGN_TYPE = re.compile(r"GLOBAL (\S+) (?:was not|whose)|add_safe_globals`,? but got <class '(\S+)'>|"
+                          r"(TorchScript) archives")
+
+
 def read_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint file onto the CPU. Only tensors and plain values are read; code in the file is never run.
 
     An ordinary pickle file can run any program when it is opened, so a downloaded one is a risk (`weights_only`).
-    Raises ModelError in one sentence if the file is missing, truncated, or holds anything else.
+    Raises ModelError in one sentence if the file is missing, truncated, or holds anything else. PyTorch advises then to
+    allow the types by name, or to read everything. Neither is ours to advise, so its text is read, but not shown.
     """
     if not Path(path).is_file():
         raise ModelError(f"there is no checkpoint at '{path}'")
@@ -805,7 +814,12 @@ def read_checkpoint(path: str | Path) -> dict:
         with torch.serialization.safe_globals(plain_types()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can raise nearly any type of error while torch reads it
-        reason = str(error).strip().split("WeightsUnpickler error: ")[-1].splitlines() or [type(error).__name__]
+        text = str(error).strip()
+        if foreign := FOREIGN_TYPE.search(text):
+            raise ModelError(f"'{path}' holds objects of another program ({next(filter(None, foreign.groups()))}), which "
+                             f"are not read: keep its tensors alone, with torch.save({{'model': model.state_dict()}}, "
+                             f"PATH) where that program runs") from error
+        reason = text.split("WeightsUnpickler error: ")[-1].splitlines() or [type(error).__name__]
         raise ModelError(f"'{path}' cannot be read as a checkpoint; it is truncated, or no file of tensors and plain "
                          f"values: copy or download it again ({reason[0][:200]})") from error
     if not isinstance(content, dict):
@@ -834,10 +848,19 @@ def read_model(path: str | Path, section: str, here) -> dict:
 
 
 def saved_section(content: dict, section: str) -> dict | None:
-    """The section of the configuration that a checkpoint of ours was made with; None for files that have none."""
+    """The section of the configuration that a checkpoint of ours was made with; None for files that have none.
+
+    Files of other programs have an entry "config" too, with anything in it. Ours describes a network, in the section
+    `model`, or `tokenizer` for stage 1: with a size that we know, and three numbers that override it or are None.
+    """
     config = content.get("config")
-    found = config.get(section) if isinstance(config, dict) else None
-    return found if isinstance(found, dict) else None
+    if not isinstance(config, dict):
+        return None
+    network, found = config.get("tokenizer" if section == "tokenizer" else "model"), config.get(section)
+    if not isinstance(network, dict) or not isinstance(found, dict) or network.get("size") not in [*SIZES]:
+        return None
+    numbers = [network.get(key, "missing") for key in ("embed_dim", "depth", "num_heads")]
+    return found if all(number is None or type(number) is int and number > 0 for number in numbers) else None
 
 
 def plain_types() -> list:
@@ -854,7 +877,8 @@ def plain_types() -> list:
 
 def model_state(content: dict, source: str) -> dict[str, Tensor]:
     """The named tensors of a checkpoint. They are its entry "model" (ours, BEiT's), "module" (DeepSpeed's) or
-    "state_dict", or the whole dictionary if it has none of these entries."""
+    "state_dict", or the whole dictionary if it has none of these entries. A prefix that a wrapper of the model has put
+    before all names is taken off."""
     for key in ("model", "module", "state_dict"):
         if isinstance(content.get(key), dict):
             content = content[key]
@@ -862,6 +886,8 @@ def model_state(content: dict, source: str) -> dict[str, Tensor]:
     tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise ModelError(f"'{source}' holds no model: its entries are {', '.join(map(str, list(content)[:8]))}")
+    while wrapper := [prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in tensors)]:
+        tensors = {name.removeprefix(wrapper[0]): value for name, value in tensors.items()}
     return tensors
 
 

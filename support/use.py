@@ -4,7 +4,7 @@ No reader of the method needs this file: each function opens a model, asks it ab
 """
 
 import os
-from dataclasses import fields
+import typing
 from pathlib import Path
 from typing import Callable
 
@@ -20,6 +20,7 @@ from support.datasets import Images, open_files
 from support.errors import UserError, explained
 from support.files import save_atomically, stage_checkpoint
 from support.loaders import ValLoader
+from support.options import convert
 from support.precision import Precision
 from support.processes import gather_in_order, rank, say, setup_distributed, world_size
 from support.transformers_format import write_transformers
@@ -31,9 +32,11 @@ from support.transformers_format import write_transformers
 def restored(kind: type, content: dict, section: str):
     """The section of the configuration that a checkpoint of ours was made with, as its dataclass `kind`; None for files
     that have none. Options that are younger than the file have their defaults."""
-    saved = saved_section(content, section)
-    names = {field.name for field in fields(kind)}
-    return saved and kind(**{name: value for name, value in saved.items() if name in names})
+    saved, kinds = saved_section(content, section), typing.get_type_hints(kind, include_extras=True)
+    try:
+        return saved and kind(**{name: convert(value, kinds[name]) for name, value in saved.items() if name in kinds})
+    except ValueError:  # another program, whose options have the names of ours, but other types
+        return None
 
 
 def read_trained(config) -> tuple[dict, dict[str, Tensor], Path]:
@@ -75,6 +78,8 @@ def pooling_of(content: dict, state: dict[str, Tensor]) -> str:
 def class_names(config, content: dict, state: dict[str, Tensor], path: Path) -> list[str] | None:
     """The names of a classifier's classes, if its checkpoint or `finetune.classes_file` holds them."""
     classes = content.get("classes")
+    if not isinstance(classes, list):  # another program may call their number so
+        classes = None
     if file := config.finetune.classes_file:
         if not Path(file).is_file():
             raise UserError(f"finetune.classes_file names '{file}', and there is no such file")

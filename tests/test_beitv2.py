@@ -384,6 +384,19 @@ def test_half_precision_checkpoints_load():
     assert all(p.dtype == torch.float32 for p in new.parameters())
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."])
+def test_prefixes_of_wrappers_are_taken_off(prefix):
+    old, new = tiny(), randomised(tiny(), seed=1)
+    report = load_pretrained(new, {"model": {prefix + name: value for name, value in old.state_dict().items()}})
+    assert report.loaded == list(old.state_dict()) and torch.equal(new(images()), old(images()))
+
+
+def test_a_prefix_that_not_all_names_share_stays():
+    state = {f"module.{name}": value for name, value in tiny().state_dict().items()}
+    with pytest.raises(ModelError, match=r"does not have: module\.cls_token"):
+        load_pretrained(tiny(), state | {"norm.weight": state["module.norm.weight"]})
+
+
 # --- load_pretrained: another grid -------------------------------------------------------------------------------
 
 TABLE = "relative_position_bias_table"
@@ -573,6 +586,63 @@ def test_a_file_that_is_no_checkpoint(content, tmp_path):
     (tmp_path / "foreign.pth").write_bytes(content)
     with pytest.raises(ModelError, match="foreign.pth"):
         read_checkpoint(tmp_path / "foreign.pth")
+
+
+class Own:
+    """A class of another program."""
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("thing, kind", [
+    (np.ones(3), r"numpy\._?core\.multiarray\._reconstruct"), (Path("x"), r"pathlib\S*\.PosixPath"),
+    (Own(), r"\S+\.Own"),
+    (np.str_("x"), r"numpy\.dtypes?\.\S+"), (torch.nn.Linear(1, 1), r"torch\.nn\.modules\.linear\.Linear"),
+], ids=lambda value: type(value).__name__)
+def test_objects_of_another_program_are_named(thing, kind, zipped, tmp_path):
+    """The file is whole, so nobody should download it again; and what PyTorch advises must not be advised."""
+    (tmp_path / "x.pt").write_bytes(bytes_of({"model": tiny().state_dict(), "extra": [thing]},
+                                             _use_new_zipfile_serialization=zipped))
+    with pytest.raises(ModelError) as error:
+        read_checkpoint(tmp_path / "x.pt")
+    assert re.fullmatch(rf"'\S+/x\.pt' holds objects of another program \({kind}\), which are not read: keep its tensors "
+                        r"alone, with torch\.save\(\{'model': model\.state_dict\(\)\}, PATH\) where that program runs",
+                        str(error.value))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch has deprecated it
+def test_a_torchscript_archive_is_named(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "x.pt")
+    with pytest.raises(ModelError, match=r"objects of another program \(TorchScript\)"):
+        read_checkpoint(tmp_path / "x.pt")
+
+
+OURS = {"size": "base", "embed_dim": 16, "depth": 3, "num_heads": 2}
+
+
+@pytest.mark.parametrize("config", [
+    None, "base.yaml", 7, [1], argparse.Namespace(model=OURS), {}, {"lr": 0.1}, {"model": None}, {"model": "beit_base"},
+    {"model": argparse.Namespace(**OURS)}, {"model": {}}, {"model": {"arch": "vit", "depth": 12}},
+    {"model": OURS | {"size": "huge"}}, {"model": OURS | {"size": None}}, {"model": OURS | {"size": ["base"]}},
+    {"model": OURS | {"depth": "12"}}, {"model": OURS | {"num_heads": [12]}}, {"model": OURS | {"embed_dim": 16.0}},
+    {"model": OURS | {"num_heads": True}}, {"model": OURS | {"depth": 0}},
+    {"model": {name: value for name, value in OURS.items() if name != "num_heads"}},
+], ids=str)
+def test_a_configuration_of_another_program_is_none(config, tmp_path):
+    torch.save({"model": tiny().state_dict(), "config": config}, tmp_path / "x.pt")
+    content = beitv2.read_model(tmp_path / "x.pt", "model", ModelConfig(size="tiny"))  # with another number of heads
+    assert content.keys() == {"model", "config"} and beitv2.saved_section(content, "model") is None
+
+
+def test_a_configuration_of_ours_is_compared(tmp_path):
+    torch.save({"model": {}, "config": {"model": OURS, "finetune": {"pooling": "cls"}, "tokenizer": "x"}}, tmp_path / "x.pt")
+    content = beitv2.read_model(tmp_path / "x.pt", "model", ModelConfig(**OURS))
+    assert beitv2.saved_section(content, "model") == OURS
+    assert beitv2.saved_section(content, "finetune") == {"pooling": "cls"}
+    assert beitv2.saved_section(content, "tokenizer") is None
+    with pytest.raises(ModelError, match=r"another model \(model.num_heads=2 there, model.num_heads=4 here\)"):
+        beitv2.read_model(tmp_path / "x.pt", "model", ModelConfig(**OURS | {"num_heads": 4}))
+    foreign = {"config": {"model": {"arch": "vit"}, "finetune": {"pooling": "avg"}}}
+    assert beitv2.saved_section(foreign, "finetune") is None  # nothing there is of ours
 
 
 def test_without_numpy_plain_checkpoints_can_be_read(tmp_path, monkeypatch):

@@ -123,9 +123,27 @@ def test_published_weights_are_described_by_the_configuration(tmp_path, photos, 
 
 
 def test_options_that_are_younger_than_a_checkpoint_have_their_defaults():
-    content = {"config": {"model": {"depth": 3, "an_option_of_old": 1}}}
+    model = {"size": "base", "embed_dim": None, "depth": 3, "num_heads": None, "an_option_of_old": 1}
+    content = {"config": {"model": model}}
     assert use.restored(beitv2.ModelConfig, content, "model") == beitv2.ModelConfig(depth=3)
     assert use.restored(beitv2.ModelConfig, {"model": {}}, "model") is None
+
+
+@pytest.mark.parametrize("change", [{"patch_size": "16"}, {"rel_pos_bias": 1}, {"depth": 0}, {"num_heads": [4]}])
+def test_sections_with_values_of_other_types_are_no_configuration(change):
+    content = {"config": {"model": {"size": "base", "embed_dim": None, "depth": 3, "num_heads": None} | change}}
+    assert use.restored(beitv2.ModelConfig, content, "model") is None
+
+
+@pytest.mark.parametrize("config", [None, "base.yaml", {"model": "beit", "finetune": {"pooling": "avg"}}])
+def test_weights_of_another_program_are_described_by_the_configuration(tmp_path, photos, config):
+    """It may use our names for things of its own."""
+    model = save_classifier(tmp_path, photos, ours=False)
+    content = {"model": model.state_dict(), "config": config, "classes": 3, "epochs": 300}
+    torch.save(content, tmp_path / "out/finetune/best.pt")
+    opened, classes = use.open_trained(configured(tmp_path, photos))
+    with torch.no_grad():
+        assert torch.equal(opened(inputs(photos)), model(inputs(photos))) and classes is None
 
 
 def test_names_that_are_not_as_many_as_the_classes(tmp_path, photos):
