@@ -29,6 +29,7 @@ The shape comments use these letters:
 
 import argparse
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -769,6 +770,7 @@ def lr_scale(name: str, depth: int, layer_decay: float) -> float:
 ALWAYS_DROPPED_ENDS = ("relative_position_index", "quantize.cluster_size", "quantize.embedding.initted",
                        "quantize.embedding.cluster_size", "quantize.embedding.embed_avg")
 ALWAYS_DROPPED_STARTS = ("teacher", "scaling", "loss")
+WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 
 
 @dataclass
@@ -793,11 +795,18 @@ class LoadReport:
         return "; ".join(parts)
 
 
+# What torch says of a type that it does not read from files, the name in one of the groups. It has no class of error
+# for it.
+FOREIGN_TYPE = re.compile(r"GLOBAL (\S+) (?:was not|whose)|add_safe_globals`,? but got <class '(\S+)'>|"
+                          r"(TorchScript) archives")
+
+
 def read_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint file onto the CPU. Only tensors and plain values are read; code in the file is never run.
 
     An ordinary pickle file can run any program when it is opened, so a downloaded one is a risk (`weights_only`).
-    Raises ModelError in one sentence if the file is missing, truncated, or holds anything else.
+    Raises ModelError in one sentence if the file is missing, truncated, or holds anything else. PyTorch advises then to
+    allow the types by name, or to read everything. Neither is ours to advise, so its text is read, but not shown.
     """
     if not Path(path).is_file():
         raise ModelError(f"there is no checkpoint at '{path}'")
@@ -805,7 +814,12 @@ def read_checkpoint(path: str | Path) -> dict:
         with torch.serialization.safe_globals(plain_types()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can raise nearly any type of error while torch reads it
-        reason = str(error).strip().split("WeightsUnpickler error: ")[-1].splitlines() or [type(error).__name__]
+        text = str(error).strip()
+        if foreign := FOREIGN_TYPE.search(text):
+            raise ModelError(f"'{path}' holds objects of another program ({next(filter(None, foreign.groups()))}), which "
+                             f"are not read: keep its tensors alone, with torch.save({{'model': model.state_dict()}}, "
+                             f"PATH) where that program runs") from error
+        reason = text.split("WeightsUnpickler error: ")[-1].splitlines() or [type(error).__name__]
         raise ModelError(f"'{path}' cannot be read as a checkpoint; it is truncated, or no file of tensors and plain "
                          f"values: copy or download it again ({reason[0][:200]})") from error
     if not isinstance(content, dict):
@@ -834,10 +848,19 @@ def read_model(path: str | Path, section: str, here) -> dict:
 
 
 def saved_section(content: dict, section: str) -> dict | None:
-    """The section of the configuration that a checkpoint of ours was made with; None for files that have none."""
+    """The section of the configuration that a checkpoint of ours was made with; None for files that have none.
+
+    Files of other programs have an entry "config" too, with anything in it. Ours describes a network, in the section
+    `model`, or `tokenizer` for stage 1: with a size that we know, and three numbers that override it or are None.
+    """
     config = content.get("config")
-    found = config.get(section) if isinstance(config, dict) else None
-    return found if isinstance(found, dict) else None
+    if not isinstance(config, dict):
+        return None
+    network, found = config.get("tokenizer" if section == "tokenizer" else "model"), config.get(section)
+    if not isinstance(network, dict) or not isinstance(found, dict) or network.get("size") not in [*SIZES]:
+        return None
+    numbers = [network.get(key, "missing") for key in ("embed_dim", "depth", "num_heads")]
+    return found if all(number is None or type(number) is int and number > 0 for number in numbers) else None
 
 
 def plain_types() -> list:
@@ -854,7 +877,8 @@ def plain_types() -> list:
 
 def model_state(content: dict, source: str) -> dict[str, Tensor]:
     """The named tensors of a checkpoint. They are its entry "model" (ours, BEiT's), "module" (DeepSpeed's) or
-    "state_dict", or the whole dictionary if it has none of these entries."""
+    "state_dict", or the whole dictionary if it has none of these entries. A prefix that a wrapper of the model has put
+    before all names is taken off."""
     for key in ("model", "module", "state_dict"):
         if isinstance(content.get(key), dict):
             content = content[key]
@@ -862,6 +886,8 @@ def model_state(content: dict, source: str) -> dict[str, Tensor]:
     tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise ModelError(f"'{source}' holds no model: its entries are {', '.join(map(str, list(content)[:8]))}")
+    while wrapper := [prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in tensors)]:
+        tensors = {name.removeprefix(wrapper[0]): value for name, value in tensors.items()}
     return tensors
 
 
@@ -938,17 +964,18 @@ def timm_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def resize_positions(name: str, value: Tensor, target: Tensor) -> Tensor:
-    """Bring a bias table [(2g-1)^2 + 3, H] or position embedding [1, 1 + g^2, D] to the target's grid, bicubically.
+    """Bring a bias table [(2g-1)^2 + 3, H] or position embedding [1, 1 + g^2, D] to the target's grid.
 
-    Fine-tuning on larger images gives more patches, so more displacements and places. Interpolating what was learned
-    gives neighbouring places similar values, as they were before. What belongs to [CLS] has no place, and is kept.
-    A tensor that fits already, or that holds no positions, is returned as it is.
+    Fine-tuning on larger images gives more patches, so more displacements and places, for which values are read
+    between those that were learned. Both ways are the published ones: see resize_bias, and resize_grid for position
+    embeddings. What belongs to [CLS] has no place, and is kept. A tensor that fits already, or that holds no
+    positions, is returned as it is.
     """
     if value.shape == target.shape or value.ndim != target.ndim or value.shape[-1] != target.shape[-1]:
         return value
     if name.endswith("relative_position_bias_table"):
         grid, extra = value[:-3], value[-3:]
-        return torch.cat([resize_grid(grid, len(target) - 3), extra])
+        return torch.cat([resize_bias(grid, len(target) - 3), extra])
     if name.endswith("pos_embed"):
         extra, grid = value[0, :1], value[0, 1:]
         return torch.cat([extra, resize_grid(grid, target.shape[1] - 1)])[None]
@@ -956,10 +983,64 @@ def resize_positions(name: str, value: Tensor, target: Tensor) -> Tensor:
 
 
 def resize_grid(values: Tensor, length: int) -> Tensor:
-    """Interpolate a square grid of vectors, [side^2, D] row by row, to [length, D], where length is a square too."""
+    """Stretch a square grid of vectors, [side^2, D] row by row, to [length, D], where length is a square too.
+
+    A position embedding says where in the image a patch lies. The grid is stretched like a picture (bicubically), so
+    that the last column stays the last: each place keeps what was learned for the same share of the image.
+    """
     old, new = math.isqrt(len(values)), math.isqrt(length)
     if not old or old**2 != len(values) or new**2 != length:
         return values
     values = values.float().T.reshape(1, -1, old, old)
     values = F.interpolate(values, size=(new, new), mode="bicubic", align_corners=False)
     return values.reshape(-1, length).T
+
+
+def resize_bias(values: Tensor, length: int) -> Tensor:
+    """Bring the displacements of a bias table, [side^2, H] row by row, to [length, H]; both are squares of odd numbers.
+
+    A bias says how far apart two patches are, and a patch has its direct neighbours at one patch's distance, however
+    many patches there are. What was learned about neighbours is the strongest of a table, so it must stay what it is.
+    A stretched table would break this: from 27 to 47 columns, "one to the right" would get what belonged to 0.57 of
+    a patch. But the farthest of the new displacements, 23, must be read from a table that ends at 13.
+
+    So the old displacements are put at growing distances, at 1, 1 + q, 1 + q + q^2, ... to both sides of 0, with q
+    such that the last one comes to lie where the new table ends: q = 1.09 from 13 to 23. Near 0 these are almost the
+    old distances, and 0 and 1 exactly so. The steps become longer only far away, where the bias changes little from
+    one patch to the next. A cubic spline through the old values is then read at 0, 1, 2, ..., rows and columns alike.
+
+    A smaller table has q = 1.01, the least that is allowed: it is nearly the middle of the old one, cut out. The
+    largest q is 1.5. If the old table ends too early even so, what lies beyond gets its last value.
+    """
+    old, new = math.isqrt(len(values)), math.isqrt(length)
+    if old % 2 == 0 or old**2 != len(values) or new**2 != length:
+        return values
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:  # halve the interval until it holds nothing but the ratio
+        q = (low + high) / 2
+        low, high = (low, q) if (q**(old // 2) - 1) / (q - 1) > new // 2 else (q, high)
+    # 1 + q + ... + q^(i-1) = (q^i - 1) / (q - 1). In double precision, because a spline multiplies rounding errors.
+    distances = (q**torch.arange(old // 2 + 1, dtype=torch.float64) - 1) / (q - 1)
+    positions = torch.cat([-distances[1:].flip(0), distances])  # [old]
+    wanted = (torch.arange(new, dtype=torch.float64) - new // 2).clamp(positions[0], positions[-1])  # [new]
+    weights = spline_weights(positions, wanted)
+    grid = weights @ values.double().view(old, old, -1).permute(2, 0, 1) @ weights.T  # [H, new, new]
+    return grid.flatten(1).T.float()
+
+
+def spline_weights(positions: Tensor, wanted: Tensor) -> Tensor:
+    """What each value at `positions` [P] counts for a cubic spline at `wanted` [W]: float64 [W, P]. It is linear in them.
+
+    A cubic spline is one cubic polynomial between each two knots, and so smooth at the knots that only the third
+    derivative jumps. So it is a sum of 1, x, x^2, x^3 and of one term c (x - knot)^3 to the right of each knot. These
+    are P terms, and P coefficients follow from P values, if all positions but the two outermost at each end are knots
+    (the usual choice, called not-a-knot). Up to three positions give the polynomial through them.
+    """
+    def terms(x: Tensor) -> Tensor:  # [X] -> [X, P]; scaled, so that cubes stay near 1
+        powers = [x**i for i in range(min(4, len(positions)))]
+        return torch.stack(powers + [(x - knot).clamp(min=0)**3 for knot in positions[2:-2]], dim=1)
+
+    scale = len(positions)
+    positions, wanted = positions / scale, wanted / scale
+    # Coefficients are terms(positions)^-1 values, and the spline is terms(wanted) coefficients.
+    return torch.linalg.solve(terms(positions), terms(wanted), left=False)

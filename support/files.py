@@ -69,9 +69,12 @@ def stage_checkpoint(config: types.SimpleNamespace, stage: str, given: str, key:
 
 def say_if_unfinished(content: dict, path: Path) -> None:
     """Say so when a checkpoint of an earlier stage comes from a run that has not ended."""
-    if content.get("epochs_done", 0) < content.get("epochs", 0):
-        say(f"note: '{path}' is unfinished, at step {content['step']} of "
-            f"{content['epochs'] * content['steps_per_epoch']}")
+    progress = [content.get(key) for key in ("step", "epochs_done", "epochs", "steps_per_epoch")]
+    if not all(isinstance(number, int) for number in progress):  # another program's file
+        return
+    step, done, epochs, steps_per_epoch = progress
+    if done < epochs:
+        say(f"note: '{path}' is unfinished, at step {step} of {epochs * steps_per_epoch}")
 
 
 def save_atomically(state: dict, path: Path) -> None:

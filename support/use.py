@@ -4,7 +4,7 @@ No reader of the method needs this file: each function opens a model, asks it ab
 """
 
 import os
-from dataclasses import fields
+import typing
 from pathlib import Path
 from typing import Callable
 
@@ -13,15 +13,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from beitv2 import (POOLINGS, Classifier, ModelConfig, VisionTransformer, load_pretrained, model_state, read_checkpoint,
-                    saved_section, timm_state)
+from beitv2 import (POOLINGS, Classifier, ModelConfig, VisionTransformer, dimensions, load_pretrained, model_state,
+                    read_checkpoint, saved_section, timm_state)
 from data import ValSamples, normalize, to_unit
 from support.datasets import Images, open_files
 from support.errors import UserError, explained
 from support.files import save_atomically, stage_checkpoint
 from support.loaders import ValLoader
+from support.options import convert
 from support.precision import Precision
 from support.processes import gather_in_order, rank, say, setup_distributed, world_size
+from support.transformers_format import write_transformers
 
 
 # --- models from their checkpoints ------------------------------------------------------------------------------
@@ -30,9 +32,11 @@ from support.processes import gather_in_order, rank, say, setup_distributed, wor
 def restored(kind: type, content: dict, section: str):
     """The section of the configuration that a checkpoint of ours was made with, as its dataclass `kind`; None for files
     that have none. Options that are younger than the file have their defaults."""
-    saved = saved_section(content, section)
-    names = {field.name for field in fields(kind)}
-    return saved and kind(**{name: value for name, value in saved.items() if name in names})
+    saved, kinds = saved_section(content, section), typing.get_type_hints(kind, include_extras=True)
+    try:
+        return saved and kind(**{name: convert(value, kinds[name]) for name, value in saved.items() if name in kinds})
+    except ValueError:  # another program, whose options have the names of ours, but other types
+        return None
 
 
 def read_trained(config) -> tuple[dict, dict[str, Tensor], Path]:
@@ -57,22 +61,34 @@ def open_trained(config) -> tuple[VisionTransformer, list[str] | None]:
     content, state, path = read_trained(config)
     options = (restored(ModelConfig, content, "model") or config.model).backbone(config.data.image_size)
     if "head.weight" in state:
-        by_name = "mean" if "fc_norm.weight" in state else "cls"
-        pooling = (saved_section(content, "finetune") or {}).get("pooling", by_name)
-        model = Classifier(len(state["head.weight"]), pooling, **options)
+        model = Classifier(len(state["head.weight"]), pooling_of(content, state), **options)
         model.may_be_fresh = ()
     else:
         model = VisionTransformer(**options)
     say(load_pretrained(model, state, source=str(path)))
+    return model.requires_grad_(False).eval(), class_names(config, content, state, path)
+
+
+def pooling_of(content: dict, state: dict[str, Tensor]) -> str:
+    """How a classifier pools: its checkpoint says it, or else the names of its tensors do."""
+    by_name = "mean" if "fc_norm.weight" in state else "cls"
+    return (saved_section(content, "finetune") or {}).get("pooling", by_name)
+
+
+def class_names(config, content: dict, state: dict[str, Tensor], path: Path) -> list[str] | None:
+    """The names of a classifier's classes, if its checkpoint or `finetune.classes_file` holds them."""
     classes = content.get("classes")
+    if not isinstance(classes, list):  # another program may call their number so
+        classes = None
     if file := config.finetune.classes_file:
         if not Path(file).is_file():
             raise UserError(f"finetune.classes_file names '{file}', and there is no such file")
         classes = [name.strip() for name in Path(file).read_text(errors="replace").splitlines() if name.strip()]
-    if classes is not None and isinstance(model, Classifier) and len(classes) != model.head.out_features:
-        raise UserError(f"'{file or path}' names {len(classes)} classes, and the model has {model.head.out_features}: "
+    outputs = len(state.get("head.weight", ()))
+    if classes is not None and outputs and len(classes) != outputs:
+        raise UserError(f"'{file or path}' names {len(classes)} classes, and the model has {outputs}: "
                         f"set finetune.classes_file=PATH to one name a line, in the order of the model's outputs")
-    return model.requires_grad_(False).eval(), classes
+    return classes
 
 
 def open_classifier(config) -> tuple[Classifier, list[str] | None]:
@@ -243,11 +259,21 @@ def encode(config, load_tokenizer: Callable) -> None:
 
 
 def export(config) -> None:
-    """Write the trained weights without optimizer: export/published.pth in the published form, timm.pth in timm's."""
-    _, state, path = read_trained(config)
+    """Write the trained weights, without optimizer, into OUTPUT_DIR/export:
+
+    published.pth   in the published form
+    timm.pth        in timm's
+    transformers/   the folder that `from_pretrained` of the library transformers opens, if it knows such a model
+    """
+    content, state, path = read_trained(config)
+    section = restored(ModelConfig, content, "model") or config.model
+    classes = [printable(name) for name in class_names(config, content, state, path) or ()]
     setup_distributed(config.device, config.threads)
     folder = output_folder(config, "export")
     if rank() == 0:
         save_atomically({"model": state}, folder / "published.pth")
         save_atomically(timm_state(state), folder / "timm.pth")
-    say(f"{len(state)} tensors of '{path}': {folder / 'published.pth'}, and for timm {folder / 'timm.pth'}")
+        kind = write_transformers(state, folder / "transformers", dimensions(section)["num_heads"],
+                                  config.data.image_size, pooling_of(content, state), classes)
+        others = f", for transformers.{kind} '{folder / 'transformers'}'" if kind else ""
+        say(f"{len(state)} tensors of '{path}': {folder / 'published.pth'}, for timm {folder / 'timm.pth'}{others}")

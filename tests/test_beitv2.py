@@ -384,6 +384,19 @@ def test_half_precision_checkpoints_load():
     assert all(p.dtype == torch.float32 for p in new.parameters())
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."])
+def test_prefixes_of_wrappers_are_taken_off(prefix):
+    old, new = tiny(), randomised(tiny(), seed=1)
+    report = load_pretrained(new, {"model": {prefix + name: value for name, value in old.state_dict().items()}})
+    assert report.loaded == list(old.state_dict()) and torch.equal(new(images()), old(images()))
+
+
+def test_a_prefix_that_not_all_names_share_stays():
+    state = {f"module.{name}": value for name, value in tiny().state_dict().items()}
+    with pytest.raises(ModelError, match=r"does not have: module\.cls_token"):
+        load_pretrained(tiny(), state | {"norm.weight": state["module.norm.weight"]})
+
+
 # --- load_pretrained: another grid -------------------------------------------------------------------------------
 
 TABLE = "relative_position_bias_table"
@@ -415,18 +428,42 @@ def test_cls_entries_and_constants_survive_a_resize(old, new):
     assert torch.equal(resized[0, 0], positions[0, 0]) and torch.allclose(resized[0, 1:], torch.tensor(0.25))
 
 
-@pytest.mark.parametrize("old, new", [(8, 14), (14, 8)])
-def test_a_ramp_stays_a_ramp(old, new):
-    """Rows stay rows, columns stay columns, no offset stays no offset. torch's bicubic kernel (a = -0.75) bends a ramp
-    by up to 0.05 of a step, and the outermost three rows see the padding."""
+@pytest.mark.parametrize("old, new, ratio", [(8, 14, 1.2020988), (14, 24, 1.0903074), (14, 8, 1.01), (24, 14, 1.01)])
+def test_a_ramp_of_displacements(old, new, ratio):
+    """Neighbours keep their bias, and the old displacement i is found at 1 + q + ... + q^(i-1): where the new one is d,
+    that makes i = log(1 + d (q - 1)) / log(q). Rows stay rows, columns stay columns, and the signs theirs."""
     resized = beitv2.resize_positions(TABLE, ramp_table(old), torch.empty((2 * new - 1) ** 2 + 3, 2))
     side = 2 * new - 1
     found = resized[:-3].view(side, side, 2)
-    step = (2 * old - 1) / side
-    expected = ramp_table(new)[:-3].view(side, side, 2) * step
-    inner = slice(math.ceil(3 / step), -math.ceil(3 / step))
-    assert (found - expected)[inner, inner].abs().max() < 0.06
-    assert found[new - 1, new - 1].abs().max() < 1e-5
+    d = torch.arange(side) - (new - 1)
+    expected = d.sign() * torch.log1p(d.abs() * (ratio - 1)) / math.log(ratio)
+    assert (found[..., 0] - expected[:, None]).abs().max() < 2e-3  # between the positions, the spline is no logarithm
+    assert (found[..., 1] - expected[None, :]).abs().max() < 2e-3
+    middle = slice(new - 2, new + 1)
+    assert torch.allclose(found[middle, middle], ramp_table(2)[:-3].view(3, 3, 2), atol=1e-5)
+    if new > old:
+        assert found[-1, -1].tolist() == pytest.approx([old - 1, old - 1], abs=1e-3)
+
+
+@pytest.mark.parametrize("old", [1, 2, 3])
+def test_beyond_the_farthest_distance_there_is_the_last_value(old):
+    """The ratio is at most 1.5, so a tiny table ends at 1 or 2.5, wherever the new one ends."""
+    resized = beitv2.resize_positions(TABLE, ramp_table(old), torch.empty(23**2 + 3, 2))
+    found = resized[:-3].view(23, 23, 2)
+    last = torch.tensor([old - 1.0, old - 1.0])
+    assert torch.allclose(found[-9:, -9:], last.expand(9, 9, 2), atol=1e-5)
+    assert torch.allclose(found[:9, :9], -last.expand(9, 9, 2), atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+def test_a_spline_is_exact_for_cubic_polynomials_and_at_its_positions(count):
+    """Few positions allow polynomials of lower degree only. Between 5 and more, each cubic polynomial is found again."""
+    positions = torch.linspace(-2, 3, count, dtype=torch.float64) ** 3
+    wanted = torch.linspace(float(positions[0]), float(positions[-1]), 31, dtype=torch.float64)
+    weights = beitv2.spline_weights(positions, wanted)
+    for degree in range(min(4, count)):
+        assert torch.allclose(weights @ positions**degree, wanted**degree, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(beitv2.spline_weights(positions, positions), torch.eye(count, dtype=torch.float64), atol=1e-9)
 
 
 @pytest.mark.parametrize("size", [48, 16])
@@ -479,7 +516,7 @@ def test_a_tensor_of_another_rank_is_an_error_that_names_it(value):
         load_pretrained(tiny(), tiny().state_dict() | {"cls_token": value})
 
 
-@pytest.mark.parametrize("table", [torch.ones(2, 2), torch.ones(20, 2)])
+@pytest.mark.parametrize("table", [torch.ones(2, 2), torch.ones(20, 2), torch.ones(19, 2)])
 def test_a_bias_table_that_is_no_square_is_an_error(table):
     model = tiny(rel_pos_bias="per_block")
     with pytest.raises(ModelError, match=TABLE):
@@ -549,6 +586,63 @@ def test_a_file_that_is_no_checkpoint(content, tmp_path):
     (tmp_path / "foreign.pth").write_bytes(content)
     with pytest.raises(ModelError, match="foreign.pth"):
         read_checkpoint(tmp_path / "foreign.pth")
+
+
+class Own:
+    """A class of another program."""
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("thing, kind", [
+    (np.ones(3), r"numpy\._?core\.multiarray\._reconstruct"), (Path("x"), r"pathlib\S*\.PosixPath"),
+    (Own(), r"\S+\.Own"),
+    (np.str_("x"), r"numpy\.dtypes?\.\S+"), (torch.nn.Linear(1, 1), r"torch\.nn\.modules\.linear\.Linear"),
+], ids=lambda value: type(value).__name__)
+def test_objects_of_another_program_are_named(thing, kind, zipped, tmp_path):
+    """The file is whole, so nobody should download it again; and what PyTorch advises must not be advised."""
+    (tmp_path / "x.pt").write_bytes(bytes_of({"model": tiny().state_dict(), "extra": [thing]},
+                                             _use_new_zipfile_serialization=zipped))
+    with pytest.raises(ModelError) as error:
+        read_checkpoint(tmp_path / "x.pt")
+    assert re.fullmatch(rf"'\S+/x\.pt' holds objects of another program \({kind}\), which are not read: keep its tensors "
+                        r"alone, with torch\.save\(\{'model': model\.state_dict\(\)\}, PATH\) where that program runs",
+                        str(error.value))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch has deprecated it
+def test_a_torchscript_archive_is_named(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "x.pt")
+    with pytest.raises(ModelError, match=r"objects of another program \(TorchScript\)"):
+        read_checkpoint(tmp_path / "x.pt")
+
+
+OURS = {"size": "base", "embed_dim": 16, "depth": 3, "num_heads": 2}
+
+
+@pytest.mark.parametrize("config", [
+    None, "base.yaml", 7, [1], argparse.Namespace(model=OURS), {}, {"lr": 0.1}, {"model": None}, {"model": "beit_base"},
+    {"model": argparse.Namespace(**OURS)}, {"model": {}}, {"model": {"arch": "vit", "depth": 12}},
+    {"model": OURS | {"size": "huge"}}, {"model": OURS | {"size": None}}, {"model": OURS | {"size": ["base"]}},
+    {"model": OURS | {"depth": "12"}}, {"model": OURS | {"num_heads": [12]}}, {"model": OURS | {"embed_dim": 16.0}},
+    {"model": OURS | {"num_heads": True}}, {"model": OURS | {"depth": 0}},
+    {"model": {name: value for name, value in OURS.items() if name != "num_heads"}},
+], ids=str)
+def test_a_configuration_of_another_program_is_none(config, tmp_path):
+    torch.save({"model": tiny().state_dict(), "config": config}, tmp_path / "x.pt")
+    content = beitv2.read_model(tmp_path / "x.pt", "model", ModelConfig(size="tiny"))  # with another number of heads
+    assert content.keys() == {"model", "config"} and beitv2.saved_section(content, "model") is None
+
+
+def test_a_configuration_of_ours_is_compared(tmp_path):
+    torch.save({"model": {}, "config": {"model": OURS, "finetune": {"pooling": "cls"}, "tokenizer": "x"}}, tmp_path / "x.pt")
+    content = beitv2.read_model(tmp_path / "x.pt", "model", ModelConfig(**OURS))
+    assert beitv2.saved_section(content, "model") == OURS
+    assert beitv2.saved_section(content, "finetune") == {"pooling": "cls"}
+    assert beitv2.saved_section(content, "tokenizer") is None
+    with pytest.raises(ModelError, match=r"another model \(model.num_heads=2 there, model.num_heads=4 here\)"):
+        beitv2.read_model(tmp_path / "x.pt", "model", ModelConfig(**OURS | {"num_heads": 4}))
+    foreign = {"config": {"model": {"arch": "vit"}, "finetune": {"pooling": "avg"}}}
+    assert beitv2.saved_section(foreign, "finetune") is None  # nothing there is of ours
 
 
 def test_without_numpy_plain_checkpoints_can_be_read(tmp_path, monkeypatch):

@@ -100,8 +100,8 @@ def test_any_folder_of_images_is_a_data_set_without_labels(tmp_path, capsys):
     train_names, val_names = (names_of(images, tmp_path / "photos") for images in (train, val))
     assert sorted(train_names + val_names) == sorted(names) and 5 <= len(val) <= 25
     assert capsys.readouterr().out == (
-        f"{len(train)} images without classes in {tmp_path}/photos, {len(val)} in {tmp_path}/photos (held out, by a "
-        f"hash of the name); passed over: 2 .heic, 1 .gif, 1 without a suffix\n")
+        f"{len(train)} images without classes (so without k-NN, bag_knn and one_class) in {tmp_path}/photos, {len(val)} in "
+        f"{tmp_path}/photos (held out, by a hash of the name); passed over: 2 .heic, 1 .gif, 1 without a suffix\n")
 
     # The same ones are held out in another place, one split alone, and after images were added.
     moved = touch(tmp_path / "elsewhere/photos", *reversed(names), *(f"new/{i}.jpg" for i in range(20)))

@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from beitv2 import read_checkpoint  # noqa: E402
 from support.errors import UserError  # noqa: E402
-from support.files import fetch, keep_lines, save_atomically, stage_checkpoint  # noqa: E402
+from support.files import fetch, keep_lines, save_atomically, say_if_unfinished, stage_checkpoint  # noqa: E402
 from support.options import load_config  # noqa: E402
 
 
@@ -101,6 +101,16 @@ def test_fetch_and_stage_checkpoint_say_what_is_missing(hub, monkeypatch):
 
 
 # --- checkpoints on disk -----------------------------------------------------------------------------------------
+
+
+def test_an_unfinished_run_is_noted(capsys):
+    """Of another program's file nothing is said, whatever it calls its entries."""
+    content = {"step": 12, "epochs_done": 3, "epochs": 5, "steps_per_epoch": 4}
+    say_if_unfinished(content, Path("last.pt"))
+    assert capsys.readouterr().out == "note: 'last.pt' is unfinished, at step 12 of 20\n"
+    for other in (content | {"epochs_done": 5}, {"epochs": 300}, {"epochs": 300, "step": 7}, content | {"epochs": [5]}, {}):
+        say_if_unfinished(other, Path("last.pt"))
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")

@@ -19,14 +19,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tokenizer  # noqa: E402
 from beitv2 import ALWAYS_DROPPED_ENDS, Classifier, MaskedImageModel, ModelConfig, load_pretrained, masked_positions  # noqa: E402
-from beitv2 import parameter_groups  # noqa: E402
+from beitv2 import parameter_groups, resize_positions  # noqa: E402
 from support.optimizers import cosine_schedule  # noqa: E402
 from support.run import seed_everything  # noqa: E402
 from support.teachers import TEACHERS, Teacher  # noqa: E402
 
 TOLERANCE = 1e-5  # the design's: largest error over largest magnitude, per tensor
 FOLDER = Path(os.environ.get("BEITV2_PARITY") or Path(__file__).parent / "fixtures" / "parity")
-KINDS = ("mim", "classifier", "vqkd", "clip", "dino.", "dinov2_positions")
+KINDS = ("mim", "classifier", "vqkd", "clip", "dino.", "dinov2_positions", "bias_table")
 FILES = sorted(path.name for path in FOLDER.glob("*.pt"))
 
 if not FOLDER.is_dir():
@@ -251,6 +251,23 @@ def test_positions_of_dinov2(teacher, kind, grid):
         report = published.load(model, weights | {"pos_embed": data[f"{name}-in"]}, source=teacher)
         assert_close(model.backbone.pos_embed, data[f"{name}-{grid}"], f"positions of {name}, {grid} x {grid} patches")
         assert report.resized == ["backbone.pos_embed"]
+
+
+# --- position bias at another image size -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", files("bias_table"))
+def test_bias_tables_at_another_grid(name):
+    """SOURCE-KIND-TARGET: a table of SOURCE^2 + 3 rows, as the published fine-tuning code brings it to TARGET^2 + 3."""
+    tables, compared = read(name), 0
+    for key, theirs in tables.items():
+        source, kind, target = key.split("-")
+        if target != "in":
+            ours = resize_positions("relative_position_bias_table", tables[f"{source}-{kind}-in"], torch.empty_like(theirs))
+            assert_close(ours, theirs, key)
+            assert torch.equal(ours[-3:], tables[f"{source}-{kind}-in"][-3:])  # those of [CLS]
+            compared += 1
+    assert compared == 14
 
 
 # --- the recipe ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ The same by the scripts' commands is in test_scripts.py.
 """
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -122,9 +123,27 @@ def test_published_weights_are_described_by_the_configuration(tmp_path, photos, 
 
 
 def test_options_that_are_younger_than_a_checkpoint_have_their_defaults():
-    content = {"config": {"model": {"depth": 3, "an_option_of_old": 1}}}
+    model = {"size": "base", "embed_dim": None, "depth": 3, "num_heads": None, "an_option_of_old": 1}
+    content = {"config": {"model": model}}
     assert use.restored(beitv2.ModelConfig, content, "model") == beitv2.ModelConfig(depth=3)
     assert use.restored(beitv2.ModelConfig, {"model": {}}, "model") is None
+
+
+@pytest.mark.parametrize("change", [{"patch_size": "16"}, {"rel_pos_bias": 1}, {"depth": 0}, {"num_heads": [4]}])
+def test_sections_with_values_of_other_types_are_no_configuration(change):
+    content = {"config": {"model": {"size": "base", "embed_dim": None, "depth": 3, "num_heads": None} | change}}
+    assert use.restored(beitv2.ModelConfig, content, "model") is None
+
+
+@pytest.mark.parametrize("config", [None, "base.yaml", {"model": "beit", "finetune": {"pooling": "avg"}}])
+def test_weights_of_another_program_are_described_by_the_configuration(tmp_path, photos, config):
+    """It may use our names for things of its own."""
+    model = save_classifier(tmp_path, photos, ours=False)
+    content = {"model": model.state_dict(), "config": config, "classes": 3, "epochs": 300}
+    torch.save(content, tmp_path / "out/finetune/best.pt")
+    opened, classes = use.open_trained(configured(tmp_path, photos))
+    with torch.no_grad():
+        assert torch.equal(opened(inputs(photos)), model(inputs(photos))) and classes is None
 
 
 def test_names_that_are_not_as_many_as_the_classes(tmp_path, photos):
@@ -204,6 +223,30 @@ def test_codes_of_what_can_be_read(tmp_path, photos, capsys):
         use.encode(configured(tmp_path, photos, script=tokenizer), tokenizer.load_tokenizer)
     printed = capsys.readouterr().out.partition(f"{photos}/caf\\xe9.png\n")[2].splitlines()[:4]
     assert [[int(number) for number in row.split()] for row in printed] == want[1].tolist()
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_an_export_for_transformers(tmp_path, photos, capsys, ours):
+    """Heads, pooling and classes are those of the checkpoint, and of the configuration where it does not say them."""
+    model = save_classifier(tmp_path, photos, num_heads=2, pooling="cls", ours=ours)
+    use.export(configured(tmp_path, photos, "finetune.pooling=mean"))
+    folder = tmp_path / "out/export/transformers"
+    written = json.loads((folder / "config.json").read_text())
+    assert written["num_attention_heads"] == 2 and written["use_mean_pooling"] is False and written["image_size"] == 16
+    want = ["cat", "dog", "caf\\xe9"] if ours else ["class 0", "class 1", "class 2"]
+    assert list(written["id2label"].values()) == want
+    size = 4 * sum(value.numel() for value in model.state_dict().values())
+    assert size < (folder / "model.safetensors").stat().st_size < size + 20_000
+    assert f"for transformers.BeitForImageClassification '{folder}'" in capsys.readouterr().out
+
+
+def test_an_export_of_a_model_that_transformers_does_not_have(tmp_path, photos, capsys):
+    state = save_classifier(tmp_path, photos).state_dict()
+    headless = {name: value for name, value in state.items() if not name.startswith("head")}
+    torch.save(headless, tmp_path / "out/finetune/best.pt")
+    use.export(configured(tmp_path, photos))
+    assert sorted(os.listdir(tmp_path / "out/export")) == ["published.pth", "timm.pth"]
+    assert "transformers" not in capsys.readouterr().out
 
 
 def test_two_processes_share_the_images(tmp_path, photos):
