@@ -11,9 +11,9 @@ This file needs nothing but torch: copy it to use a trained model elsewhere.
 Paper: Peng et al., "BEiT v2: Masked Image Modeling with Vector-Quantized Visual Tokenizers", arXiv 2208.06366.
 It builds on BEiT (arXiv 2106.08254), from which the backbone and the masking come.
 
-Three words: a *token* is a vector of D numbers inside the network. A *code* is one of the K vectors of the codebook that
-stage 1 makes, and its *id* is its number there, 0 to K-1. The tokenizer gives each patch a code. This file deals with ids
-alone. (The paper says visual token for both, others say visual word.)
+Three words: a *token* is a vector of D numbers inside the network. A *code* is one of the K vectors of the codebook
+that stage 1 makes, and its *id* is its number there, 0 to K-1. The tokenizer gives each patch a code. This file deals
+with ids alone. (The paper says visual token for both, others say visual word.)
 
 The shape comments use these letters:
 
@@ -42,10 +42,12 @@ from torch.utils.checkpoint import checkpoint
 # name: width D, blocks, heads
 SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 
-# What is special about some parameters, told by how their names begin. A new part of the model may belong in here.
+# What is special about some parameters. A new part of the model may belong in here.
 ROLES = {
-    "drawn": ("cls_token", "mask_token", "pos_embed", "register_tokens"),  # vectors whose first values are random
-    "undecayed": ("cls_token", "pos_embed"),  # by weight decay, beside all biases and other single vectors
+    # Parameters of the model itself:
+    "drawn": ("cls_token", "mask_token", "pos_embed", "register_tokens"),  # vectors with random initial values
+    "undecayed": ("cls_token", "pos_embed"),  # no weight decay; the same holds for all biases and norms
+    # How the names of parameters begin:
     "layer 0": ("cls_token", "mask_token", "pos_embed", "patch_embed."),  # below the first block, for layer decay
     "pre-training": ("mask_token", "lm_head.", "cls_pt_layers.", "cls_pt_norm.", "cls_pt_lm_head."),  # for it alone
 }
@@ -338,8 +340,8 @@ class VisionTransformer(nn.Module):
     pre_norm, quick_gelu, norm_eps, num_registers     what CLIP and DINOv2 have, and BEiT does not
     """
 
-    # For load_pretrained: the first names what this model leaves in a checkpoint because it has no use for it. The
-    # second names its own parts that may stay untrained if the checkpoint lacks them.
+    # For load_pretrained: `droppable` names what this model leaves in a checkpoint because it has no use for it,
+    # `may_be_fresh` its own parts that may stay untrained if the checkpoint lacks them.
     droppable = (*ROLES["pre-training"], "head.")
     may_be_fresh = ()
 
@@ -377,8 +379,8 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(drop_path=rate, **self.block_options) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps) if final_norm else nn.Identity()
 
-        # As published: the cut-off at +-2 is 100 times 0.02, so in practice nothing is cut off, and the patch convolution
-        # keeps PyTorch's default. (Stage 2 has other rules: see MaskedImageModel.)
+        # As published: the cut-off at +-2 is 100 times 0.02, so in practice nothing is cut off, and the patch
+        # convolution keeps PyTorch's default. (Stage 2 has other rules: see MaskedImageModel.)
         init_weights(self, truncate_at=2.0, std=init_std)
 
     def embed(self, images: Tensor, masked: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
@@ -386,10 +388,10 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(images)  # [B, N, D]
         B, N, D = x.shape
 
-        # The mask token is one learned vector [D] for all masked patches (section 2.3). Why here?
-        # After the patch embedding: grey pixels instead would be embedded like a wall that is really grey. A vector of
-        # its own means "hidden" and nothing else. The pixels behind the mask go nowhere from here on.
-        # Before the positions: the model must know which patch it has to predict. If the mask token replaced the
+        # The mask token is one learned vector [D] for all masked patches (section 2.3).
+        # Why after the patch embedding? Grey pixels instead would be embedded like a wall that is really grey. A vector
+        # of its own means "hidden" and nothing else. The pixels behind the mask go nowhere from here on.
+        # Why before the positions? The model must know which patch it has to predict. If the mask token replaced the
         # position embedding too, all masked patches would be the same vector, and get the same prediction.
         # (BEiT v2 itself has no position embeddings, `pos_embed` is None. There the relative position bias says where
         # each token is. It works inside attention, on masked patches as on all others.)
@@ -415,7 +417,7 @@ class VisionTransformer(nn.Module):
     def shared_position_bias(self) -> Tensor | None:
         """The bias of the table that all blocks share, or None if there is no such table.
 
-        The caller builds it once per forward pass and hands it to all blocks: twelve look-ups would give the same.
+        The caller builds it once per forward pass and hands it to all blocks, which would all look up the same numbers.
         """
         if self.rel_pos_bias is None:
             return None
@@ -437,7 +439,8 @@ class VisionTransformer(nn.Module):
                        keep: tuple[int, ...] = ()) -> tuple[Tensor, dict[int, Tensor]]:
         """Run all blocks. Returns the last hidden state [B, T, D], and those after the blocks that `keep` names.
 
-        Blocks are counted from 1 here, as in the paper: 9 means after the ninth block. No norm has touched these.
+        Blocks are counted from 1 here, as in the paper: 9 means after the ninth block. The final norm is not
+        applied to them.
         """
         kept = {}
         for layer, block in enumerate(self.blocks, start=1):
@@ -530,13 +533,12 @@ class MaskedImageModel(VisionTransformer):
                           │                   └───────────► [CLS] ──┐
                           └──────► early patch tokens ──────────────┴──► head ──► norm, lm_head ──► ids     (2)
 
-    Why [CLS] cannot cheat: what the blocks after l find out can reach the head in one way only, through [CLS]. The
+    Why the head needs [CLS]: what the blocks after l find out can reach it in one way only, through [CLS]. The
     final patch tokens are not shown to it. The early ones have combined less of the image, and the head, with its
     two layers, cannot do the work of the missing blocks. So the loss goes down only if [CLS] carries what the early
     patches do not know. And one vector can hardly hold the answers for all the masked patches one by one. It has to
-    say what helps with all of them: what the image shows. That is how [CLS] learns this without any label. (So argues the
-    paper, whose Table 5 shows it: without the head, the linear probe of [CLS] falls by far. Our short runs are too short
-    to see it: docs/ablations.md.)
+    say what helps with all of them: what the image shows. That is how [CLS] learns this without any label. (So the
+    paper argues, and its ablation of patch aggregation shows it. Our runs are too short to see it: docs/ablations.md.)
 
     If l were L, the head would see the final patches, and could do without [CLS]. If the head were deep, it could
     compute what is missing by itself. In both cases [CLS] would learn little. After training, the head is thrown away.
@@ -557,7 +559,7 @@ class MaskedImageModel(VisionTransformer):
             raise ModelError(f"early_layers is {early_layers}, but the backbone has {self.depth} blocks: "
                              f"choose a layer from 1 to {self.depth}")
         self.early_layers, self.head_layers = early_layers, head_layers
-        self.predictions = ("mim", "cls") if head_layers else ("mim",)
+        self.prediction_names = ("mim", "cls") if head_layers else ("mim",)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
         self.lm_head = nn.Linear(self.embed_dim, vocab_size)
         # The parent class has drawn its weights already. They are drawn again, because in pre-training the published
@@ -588,7 +590,7 @@ class MaskedImageModel(VisionTransformer):
         images   [B, 3, S, S], normalised
         masked   int64 [B, M], ascending positions of the masked patches, 0 to N-1. M is the same number for each image,
                  so that every shape is static (see `masked_positions`)
-        returns  logits [B, M, K] for each name in `self.predictions`: "mim", of the backbone, and "cls", of the
+        returns  logits [B, M, K] for each name in `self.prediction_names`: "mim", of the backbone, and "cls", of the
                  aggregation head, if there is one
         """
         # Built once, used by all blocks and by the head.
@@ -610,8 +612,8 @@ class MaskedImageModel(VisionTransformer):
     def aggregate(self, last: Tensor, early: Tensor, masked: Tensor, position_bias: Tensor | None) -> Tensor:
         """Patch aggregation (Figure 3 of the paper): predict the ids again, from the final [CLS] and early patches.
 
-        last, early     tokens [B, T, D] after the last block, and after block `early_layers`; the final norm has touched
-                        neither: it comes after the head, before the output layer
+        last, early     tokens [B, T, D] after the last block, and after block `early_layers`; the final norm has
+                        touched neither: it comes after the head, before the output layer
         masked          int64 [B, M]
         position_bias   the bias of the shared table, or None for none; the head's blocks get it as it is
         returns         logits [B, M, K]
@@ -662,8 +664,8 @@ def score(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 # ----------------------------------------------------------------------------------------------------------------
 # Act 4. Stage 3: classification
 
-# How the tokens of an image, [B, T, D], become one vector for each image. Fine-tuning uses one of them; k-NN and the linear
-# probe measure all.
+# How the tokens of an image, [B, T, D], become one vector for each image. Fine-tuning uses one of these; k-NN and the
+# linear probe measure all of them.
 POOLINGS = {
     "cls": lambda tokens: tokens[:, 0],  # [B, D]
     "mean": lambda tokens: tokens[:, 1:].mean(dim=1),  # [B, D], of the patches
@@ -941,7 +943,7 @@ def load_pretrained(model: nn.Module, checkpoint: str | Path | dict, source: str
     refuse("holds tensors that this model does not have", unexpected)
     refuse("lacks tensors that this model needs", [name for name in missing if name not in report.fresh])
     broken = [name for name in report.loaded if not target[name].isfinite().all()]
-    if broken:  # such a tokenizer would give each patch code 0, and pre-training would learn to say so
+    if broken:  # such a tokenizer would give each patch the id 0, and pre-training would learn to say so
         raise ModelError(f"'{report.source}' holds numbers that are not finite, in {', '.join(broken[:4])}: the run that "
                          f"wrote it has failed, so train it anew or choose another checkpoint")
     return report
@@ -1029,7 +1031,8 @@ def resize_bias(values: Tensor, length: int) -> Tensor:
 
 
 def spline_weights(positions: Tensor, wanted: Tensor) -> Tensor:
-    """What each value at `positions` [P] counts for a cubic spline at `wanted` [W]: float64 [W, P]. It is linear in them.
+    """What each value at `positions` [P] counts for a cubic spline at `wanted` [W]: float64 [W, P]. It is linear in
+    them.
 
     A cubic spline is one cubic polynomial between each two knots, and so smooth at the knots that only the third
     derivative jumps. So it is a sum of 1, x, x^2, x^3 and of one term c (x - knot)^3 to the right of each knot. These

@@ -29,6 +29,7 @@ from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import RandomErasing, RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as TF
 
+from support.datasets import NAMED
 from support.errors import UserError, one_line
 from support.options import Count, Natural, PathText
 
@@ -41,8 +42,7 @@ BICUBIC = v2.InterpolationMode.BICUBIC
 class DataConfig:
     """The section `data` of a config file."""
 
-    dataset: Literal["imagefolder", "cifar10", "cifar100", "stl10", "imagenette", "food101", "oxford_pets",
-                     "fashion_mnist", "shapes", "ade20k"] = "imagefolder"  # where the images come from
+    dataset: Literal["imagefolder", *NAMED, "shapes", "ade20k"] = "imagefolder"  # where the images come from
     root: PathText = "data"  # a folder of images, or ROOT/{train,val}/CLASS/*.jpg with classes; or where to download to
     download: bool = False  # fetch a named data set that is not in `root`
     image_size: Count = 224  # pixels, square
@@ -63,7 +63,7 @@ class DataConfig:
 # Act 1: block-wise masks (BEiT, arXiv 2106.08254, algorithm 1), with a constant number of masked patches.
 #
 # Why blocks: neighbouring patches look alike. If single patches were hidden, nearly every one would have visible
-# neighbours, and the model could guess its code from their colour and edges. It would not need to know what the image
+# neighbours, and the model could guess its id from their colour and edges. It would not need to know what the image
 # shows. Of 75 masked patches among 14 x 14, 3 % have no visible neighbour (left, right, above, below) if
 # single patches are drawn, and 55 % with the blocks below. Deep inside a block, nothing nearby helps. The model has to
 # recognise the object, and to know how objects continue.
@@ -72,7 +72,7 @@ class DataConfig:
 # With many more, too little is left to recognise the object by, and the input differs more from what the model sees
 # after pre-training, when nothing is masked.
 #
-# Why the same number in each image: masked positions, codes and logits of a batch then are whole tensors, [B, M] and
+# Why the same number in each image: masked positions, ids and logits of a batch then are whole tensors, [B, M] and
 # [B, M, K], of the same shape in every step. With a number that varies, they would need padding or lists, the compiled
 # model would be compiled again and again, and the host would have to wait for the device to learn the sizes.
 # ---------------------------------------------------------------------------------------------------------
@@ -83,15 +83,14 @@ def block_mask(grid: int, num_masked: int, min_block: int = 16,
     """bool [grid * grid], row by row, with exactly `num_masked` True, mostly in rectangles that may overlap.
 
     grid        patches along one side of the image
-    min_block   the least area, in patches, that a rectangle is drawn with while that many are still to be masked
+    min_block   the smallest area of a rectangle, in patches, before rounding, while so many are still to be masked
 
     The paper masks 75 of 14 x 14 patches (38 %, "about 40 %") in blocks of at least 16. With `min_block` 0 there are no
-    blocks, and every masked patch is drawn alone. All random numbers follow from one that the `generator`, or torch's
-    default one, gives. UserError when there are fewer than `num_masked` patches.
+    blocks, and every masked patch is drawn alone. One random number of the `generator`, or of torch's default one, is
+    the seed of all others. UserError when there are fewer than `num_masked` patches.
     """
     check_num_masked(num_masked, grid)
-    # Python's random numbers and numpy's small arrays: one number or one block at a time, torch takes five times as
-    # long for each.
+    # Python's random numbers and numpy's small arrays, because torch takes five times as long for a single number.
     rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
     mask = np.zeros((grid, grid), dtype=bool)
     # Add random rectangles until enough patches are masked. Near the end, most rectangles are too large for what is
@@ -115,7 +114,8 @@ def block_mask(grid: int, num_masked: int, min_block: int = 16,
             block[:] = True
             tries, masked = 0, masked + new
 
-    # A few patches are still missing (or all), and no block was small enough. Draw single ones: the number is exact.
+    # If patches are still missing, because no block was small enough (or with `min_block` 0), draw single ones. So the
+    # number is exact.
     # (Algorithm 1 of BEiT stops as soon as 40 % are exceeded, so its number varies. The published code of BEiT v2
     # completes the mask as we do here.)
     mask = mask.flatten()
@@ -167,9 +167,9 @@ class SeededSamples(Dataset):
         return self.dataset.load(index)
 
     def load_or_replace(self, index: int) -> tuple:
-        """What `load` gives; the number of the image; and that of an image that could not be read, or -1.
+        """Returns (what `load` gives, the number of the image, that of an image that could not be read or -1).
 
-        A random other image takes the place of one that cannot be read, so that a single broken file in a million does
+        A random image takes the place of one that cannot be read, so that a single broken file in a million does
         not end a run of days. It is drawn from the sample's own generator, so it is the same one every time.
         """
         unreadable = -1
@@ -341,8 +341,8 @@ def erase_box(image: Tensor) -> None:
 
 
 class ValSamples(Dataset):
-    """samples[index]: image uint8 [3, S, S], resized and cropped in the centre; label; index; and row, which is the index
-    too.
+    """samples[index]: image uint8 [3, S, S], resized and cropped in the centre; label; index; and row, which is the
+    index too.
 
     An image that cannot be read is a UserError. If `strict` is False, samples also say whether the image is `readable`:
     one that is not is black, and to be left out.

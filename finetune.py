@@ -69,7 +69,7 @@ class FinetuneConfig(TrainConfig):
     min_lr: Amount = 1e-6
     warmup_epochs: Amount = 20
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    layer_decay: Share = 0.65  # each layer's learning rate is this times that of the next higher layer
+    layer_decay: Share = 0.65  # a layer's learning rate is this times that of the layer above it
     drop_path: Share = 0.1
     pooling: Literal[tuple(POOLINGS)] = "mean"  # what is classified: the mean of the patches, or cls
     init_scale: Amount = 0.001  # factor on the head's initial weights
@@ -118,7 +118,7 @@ def finetune(config) -> None:
 
     model = Classifier(num_classes, cfg.pooling, cfg.init_scale, drop_path=cfg.drop_path, **config.model.backbone(size))
     # The backbone comes from pre-training: its one bias table is copied into every block. Mask token, output layer and
-    # aggregation head are dropped. `fc_norm` and `head` stay as initialised.
+    # aggregation head are dropped, and for `pooling: mean` the final norm. `fc_norm` and `head` stay as initialised.
     source = load_weights(config, model, train_set.classes)
     model.to(run.device)
     # Layer decay: each layer learns at `layer_decay` times the rate of the layer above it. Early layers see edges and
@@ -131,10 +131,10 @@ def finetune(config) -> None:
     #     rate      5e-4            3.3e-4     2.1e-4     2.5e-5    6.7e-6    2.8e-6    1.8e-6
     #
     optimizer = make_optimizer(model, cfg, cfg.layer_decay)
-    # A moving average often does better than the last weights, which still jump with each batch. It is never trained.
+    # A moving average often does better than the last weights, which still jump with each batch. No gradient moves it.
     average = copy.deepcopy(model).requires_grad_(False) if cfg.ema_decay else None
 
-    # `parallel` is the model, compiled and synchronised between processes if asked for.
+    # `parallel` is the model, compiled if asked for, and synchronised between processes if there are several.
     parts = dict(model=model, optimizer=optimizer) | ({"average": average} if average else {})
     parallel = run.begin(samples, source, example=(torch.zeros(1, 3, size, size),), **parts)
     lr = run.cosine_schedule()
@@ -155,14 +155,14 @@ def finetune(config) -> None:
             images = normalize(to_unit(batch["image"]))
             # Mixing comes last because it needs two finished images: each is mixed with another one of the batch.
             images, labels = mix(images, batch["label"])  # labels: int64 [B], or shares of the classes [B, classes]
-            # Matrix products run in half precision.
+            # Matrix products run in half precision where the device is good at it (`precision`).
             with run.autocast():
                 logits = parallel(images)  # [B, classes]
             # Label smoothing (arXiv 1512.00567): 0.9 of the target goes to the right class, and 0.1 to all classes in
             # equal parts. A target of exactly 1 can never be reached: the logits would grow without end, and the model
             # would be sure even of its mistakes. In float32: half precision rounds small differences.
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=cfg.label_smoothing)
-            run.backward(loss)  # with several ranks, the last one averages the gradients over them
+            run.backward(loss)  # with several ranks, the last micro-batch averages the gradients over them
             # Accuracy on mixed images counts the class with the larger share. It is lower than that on validation
             # images, which are not mixed, and serves only to see whether anything is learned.
             main_label = labels.argmax(dim=1) if labels.ndim == 2 else labels
@@ -265,8 +265,8 @@ def extract_features(run: Run, model: VisionTransformer, loader: Any, total: int
     """Frozen features of all images that the ranks' loaders deal out, in order, on every rank.
 
     total     number of images over all ranks
-    returns   those of each pooling, "cls" and "mean", float32 [total, D], and "labels" int64 [total]. Images that cannot
-              be read are left out
+    returns   those of each pooling, "cls" and "mean", float32 [total, D], and "labels" int64 [total]. Images that
+              cannot be read are left out
     """
     parts: dict[str, list] = {}
     for batch in loader:
@@ -402,8 +402,8 @@ def linear_probe(config) -> None:
     run.begin(samples, source, probes=probes, optimizer=optimizer)
     lr = run.cosine_schedule()
     # The backbone's features of a batch, side by side, float32 [B, sum of widths]: computed once where crops are fixed.
-    features_of = Frozen(run, lambda images: torch.cat([*pooled(backbone(normalize(images))).values()], dim=1), "pooled",
-                         samples, [digest(backbone), *widths], "float32")
+    features_of = Frozen(run, lambda images: torch.cat([*pooled(backbone(normalize(images))).values()], dim=1),
+                         "pooled", samples, [digest(backbone), *widths], "float32")
     val = extract_features(run, backbone, open_val_loader(run, val_set), len(val_set))
 
     for epoch in run.epochs():
@@ -419,7 +419,8 @@ def linear_probe(config) -> None:
                 parts.clear()
                 logits = probes(dict(zip(widths, features.split([*widths.values()], dim=1))))
                 losses = torch.stack([F.cross_entropy(each, labels) for kind in logits.values() for each in kind])
-                # Each loss depends on one head only. So the gradient of the sum gives each head that of its own loss.
+                # Each loss depends on one head only. So the gradient of the sum gives each head the gradient of its own
+                # loss.
                 run.scaler.scale(losses.sum()).backward()
                 run.scaler.unscale_(optimizer)
                 grad_norm = clip_gradients(optimizer, cfg.clip_grad)

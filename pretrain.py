@@ -1,18 +1,18 @@
-"""Stage 2, masked image modeling: predict the codes of patches that are hidden (paper section 2.3).
+"""Stage 2, masked image modeling: predict the ids of the codes of hidden patches (paper section 2.3).
 
     torchrun pretrain.py configs/demo.yaml                                   # one process, CPU or GPU
     torchrun --nproc-per-node 8 pretrain.py configs/base.yaml                # eight GPUs of one machine
     torchrun pretrain.py configs/imagenette.yaml pretrain.num_masked=40      # any option, from the command line
 
-We hide about 40 % of the patches of an image, in rectangular blocks: a learned vector, the mask token, takes the place of
-each. The network that we train is a Vision Transformer; here it is also called the *student*. It gets all N places of the
-image, but nothing of what was in the hidden ones. For each of these it must give the id of the code that the tokenizer of
-stage 1 finds in the patch. The tokenizer sees the whole image.
+We hide about 40 % of the patches of an image, in rectangular blocks: a learned vector, the mask token, takes the place
+of each. The network that we train is a Vision Transformer; here it is also called the *student*. It gets all N places
+of the image, but nothing of what was in the hidden ones. For each of these it must give the id of the code that the
+tokenizer of stage 1 finds in the patch. The tokenizer sees the whole image.
 
 The ids are predicted twice. The first prediction reads the student's last layer, at the hidden place. The second one
-comes from the aggregation head, a small transformer that is thrown away afterwards. It reads the final [CLS] token beside
-the patch tokens of an early layer l (at a hidden place: what has become of the mask token by then). Both are scored in
-the same way:
+comes from the aggregation head, a small transformer that is thrown away afterwards. It reads the final [CLS] token
+beside the patch tokens of an early layer l (at a hidden place: the mask token after l blocks). Both are scored in the
+same way:
 
     loss = - mean over hidden patches i of  [ log p(id_i | visible patches) + log p(id_i | [CLS], early patches) ]
 
@@ -84,12 +84,12 @@ class PretrainConfig(TrainConfig):
         check_num_masked(self.num_masked, grid)
         largest = min(self.num_masked, (grid - 1) ** 2)
         if self.min_block > largest:  # every mask would consist of single patches
-            raise UserError(f"pretrain.min_block is {self.min_block}, but with {self.num_masked} masked patches of {grid} "
-                            f"x {grid} no block can have more than {largest}: lower pretrain.min_block")
+            raise UserError(f"pretrain.min_block is {self.min_block}, but with {self.num_masked} masked patches of "
+                            f"{grid} x {grid} no block can have more than {largest}: lower pretrain.min_block")
         depth = dimensions(config.model)["depth"]
         if self.head_layers and not 1 <= self.early_layers <= depth:
-            raise UserError(f"pretrain.early_layers is {self.early_layers}, but the backbone has {depth} blocks: choose "
-                            f"a layer from 1 to {depth}")
+            raise UserError(f"pretrain.early_layers is {self.early_layers}, but the backbone has {depth} blocks: "
+                            f"choose a layer from 1 to {depth}")
 
 
 SECTIONS = {"data": DataConfig, "model": ModelConfig, "tokenizer": TokenizerConfig, "pretrain": PretrainConfig}
@@ -106,13 +106,13 @@ def train(config) -> None:
     # Each training sample brings its crop, the factors of its colour jitter, and its mask (data.block_mask).
     train_set, val_set = open_datasets(config.data)
     samples = TrainSamples(train_set, config.seed, size, cfg.crop_scale, cfg.jitter, cfg.num_masked,
-                     size // config.model.patch_size, cfg.min_block, views=config.data.views)
+                           size // config.model.patch_size, cfg.min_block, views=config.data.views)
 
-    # The tokenizer is frozen. It plays the part that labels play in supervised learning, but no person made them.
+    # The tokenizer is frozen. Its ids serve as labels, but no person made them.
     tokenizer, source = load_tokenizer(config, cfg.tokenizer_weights, "pretrain.tokenizer_weights")
 
-    # Only the student learns. `student` is the same model as `model`, compiled and synchronised between processes if
-    # asked for.
+    # Only the student learns. `student` is the same model as `model`, compiled if asked for, and synchronised between
+    # processes if there are several.
     model = build_model(config, tokenizer.num_ids).to(run.device)
     optimizer = make_optimizer(model, cfg)
     example = torch.zeros(1, 3, size, size), torch.zeros(1, cfg.num_masked, dtype=torch.int64)
@@ -135,27 +135,29 @@ def train(config) -> None:
             #    known before the step, and a compiled model never has to wait for a count.
             masked = masked_positions(batch["mask"], cfg.num_masked)  # [B, M], each in 0 .. N-1
 
-            # 3. The question. The tokenizer sees the whole image and names the code of each patch. We ask only about the
-            #    hidden ones: a visible patch could be named by looking at it, and would teach little.
+            # 3. The question. The tokenizer sees the whole image and names the code of each patch. We ask only about
+            #    the hidden ones: a visible patch could be named by looking at it, and would teach little. (With
+            #    `data.views` it sees the crop without jitter, whose ids never change.)
             targets = targets_of(batch, images, masked)  # ids [B, M], each in 0 .. K-1
 
             # 4. Both predictions. The student gets ImageNet's normalisation, which fine-tuning will use too. (The
             #    tokenizer got [0,1], which VQKD.encode scales as in its own training.)
             with run.autocast():
-                predictions = student(normalize(images), masked)  # a list of logits [B, M, K], named by model.predictions
+                predictions = student(normalize(images), masked)  # one or two: logits [B, M, K]
 
-            # 5. The score: a classification among K ids for each hidden patch, for both predictions with the same weight.
-            #    The gradient of the second one, "cls", reaches the last layers only through [CLS]: that shall make [CLS] a
-            #    summary of the image (see MaskedImageModel). Accuracy is low even at the end (about 16 % for the paper's large model):
-            #    many codes fit a hidden patch, and only one is right.
+            # 5. The score: a classification among K ids for each hidden patch, for both predictions with the same
+            #    weight. The gradient of the second one, "cls", reaches the last layers only through [CLS]: that shall
+            #    make [CLS] a summary of the image (see MaskedImageModel). Accuracy is low even at the end (about 16 %
+            #    for the paper's large model): many codes fit a hidden patch, and only one is right.
             loss = 0.0
-            for name, logits in zip(model.predictions, predictions):
+            for name, logits in zip(model.prediction_names, predictions):
                 part, hits = score(logits, targets)
                 loss = loss + part
                 run.record(**{f"{name}_loss": part, f"{name}_accuracy": hits.float().mean()})
             run.record(loss=loss)
 
-            # 6. The step. The gradients of micro-batches add up; those of processes are averaged by the last one.
+            # 6. The step. Gradients of micro-batches add up, each divided by their number. With the last micro-batch
+            #    they are averaged over processes.
             run.backward(loss)
             if last:
                 run.scaler.unscale_(optimizer)
@@ -175,9 +177,9 @@ def build_model(config, num_ids: int) -> MaskedImageModel:
                             **config.model.backbone(config.data.image_size, tables="shared"))
 
 
-def measure(run: Run, model: MaskedImageModel, tokenizer: nn.Module, train_set, val_set, epoch: int) -> dict[str, float]:
+def measure(run: Run, model: MaskedImageModel, tokenizer: nn.Module, train_set, val_set, epoch: int) -> dict:
     """After an epoch: a small picture, and now and then k-NN. Loss and accuracy tell how well ids are guessed, not
-    whether the features are useful; k-NN tells."""
+    whether the features are useful; k-NN tells that."""
     cfg = run.config.pretrain
     paint_epoch(run, model, tokenizer, val_set, epoch)
     last = epoch + 1 == cfg.epochs

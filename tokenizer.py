@@ -10,8 +10,9 @@
 Masked image modeling needs something to predict. Pixels ask for every texture. Words would be better, but images have
 none. So we make some: a codebook of K vectors, the codes, which the tokenizer learns to use as words for patches.
 
-A *code* is a vector of the codebook. Its *id* is its number there, 0 to K-1, and all that stage 2 needs. C is the width of
-the codebook: a code has C numbers, 32 in the paper. (The width of a network is D, as in beitv2.py.)
+A *code* is a vector of the codebook. Its *id* is its number there, 0 to K-1, and all that stage 2 needs: "to name a
+code" means to give its id. C is the width of the codebook: a code has C numbers, 32 in the paper. (The width of a
+network is D, as in beitv2.py.)
 
 What makes a good word? The decoder sees nothing but codes, and from them it must say what a frozen teacher such as
 CLIP sees in each patch. So a code must keep what the teacher finds worth knowing: parts, objects, meanings. If the
@@ -28,7 +29,7 @@ One image of 224 pixels on its way through the paper's base tokenizer:
     what the decoder predicts            [196, 512]     3 blocks, then decode_task_layer
     what the teacher says                [196, 512]     CLIP ViT-B/16, frozen: the target
 
-This file tells it in order. Act 1: the quantizer, which replaces a vector by its nearest code. Act 2: the model around it.
+The file has four acts. Act 1: the quantizer, which replaces a vector by its nearest code. Act 2: the model around it.
 Act 3: the training loop. Act 4: whether the codes are alive and mean anything. The teachers are in support/teachers.py.
 Writes OUTPUT_DIR/tokenizer/{last.pt, metrics.jsonl, config.yaml}.
 """
@@ -64,10 +65,10 @@ from support.teachers import TeacherName, about_teacher, open_teacher
 class TokenizerConfig(TrainConfig):
     """The `tokenizer` section. The image is cut into the same patches as the student's: `model.patch_size`."""
 
-    mode: Literal["train", "encode"] = "train"  # encode: write the codes of images instead
+    mode: Literal["train", "encode"] = "train"  # encode: write the ids of images instead
     weights: PathText = ""  # encode only: a trained tokenizer, path or URL; empty: OUTPUT_DIR/tokenizer/last.pt
     images: PathText = ""  # encode only: an image, a folder, or a pattern such as *.jpg
-    output: PathText = ""  # encode only: file for names and codes; empty: they are printed
+    output: PathText = ""  # encode only: file for names and ids; empty: they are printed
     epochs: Count = 100
     batch_size: Count = 512
     lr: Amount = 2e-4  # the paper's 5e-5 per 128 images
@@ -115,14 +116,14 @@ class Quantizer(nn.Module):
     Length 1. Both z and the codes are scaled to length 1, so the nearest code is the one with the highest cosine. If
     lengths were free, a code could win or lose by its length alone.
 
-    No gradient. The optimizer does not train the codes. Each code moves towards the mean of the vectors that chose it, by
-    an exponential moving average. This is k-means, a little in each step. It needs no learning rate, and a code moves
-    only when it is used. (Other VQ-VAEs also average the number of hits, so that many hits move a code further than few.
-    Here, as published, one hit moves it as far as a thousand.)
+    No gradient. The optimizer does not train the codes. Each code moves towards the mean of the vectors that chose it,
+    by an exponential moving average. This is k-means, a little in each step. It needs no learning rate, and a code
+    moves only when it is used. (Other VQ-VAEs also average the number of hits, so that many hits move a code further
+    than few. Here, as published, one hit moves it as far as a thousand.)
 
     Dead codes. A code that nothing chooses has no mean to move to. It stays where it is, while the vectors move on with
-    the encoder, so it will never be chosen again. `revive_below` puts such codes back among the vectors of the batch. It
-    is not in the paper, and off unless asked for: skip `seen`, `latest` and `remember` when you read this first.
+    the encoder, so it will never be chosen again. `revive_below` puts such codes back among the vectors of the batch.
+    It is not in the paper, and off unless asked for: skip `seen`, `latest` and `remember` when you read this first.
 
     Everything here is in float32: in half precision, neighbouring codes fall together.
 
@@ -139,14 +140,14 @@ class Quantizer(nn.Module):
         self.register_buffer("running_count", torch.ones(codebook_size))
         self.register_buffer("counts", torch.zeros(codebook_size), persistent=False)  # hits since the last update
         self.register_buffer("sums", torch.zeros(codebook_size, codebook_dim), persistent=False)  # and what hit
-        self.seen: list[Tensor] = []  # l2(z) [B, N, C] of each batch since the last update, to revive dead codes from
-        self.latest: Tensor | None = None  # l2(z) [B, N, C] of the last batch, for `remember`
+        self.seen: list[Tensor] = []  # l2(z) [B, N, C] of each micro-batch since the last update, for dead codes
+        self.latest: Tensor | None = None  # l2(z) [B, N, C] of the last micro-batch, for `remember`
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Replace each vector by its nearest code.
+        """Replace each vector by its nearest code. While training, also count what hit each code.
 
         z        [B, N, C], any length
-        returns  codes float32 [B, N, C] whose gradient is handed to l2(z) as it is; ids int64 [B, N]; commitment loss,
+        returns  codes float32 [B, N, C] whose gradient is copied to l2(z) unchanged; ids int64 [B, N]; commitment loss,
                  commitment_beta included
         """
         with torch.autocast(z.device.type, enabled=False):
@@ -323,12 +324,12 @@ class VQKD(nn.Module):
         super().__init__()
         encoder, decoder = encoder | dict(init_std=init_std), decoder | dict(init_std=init_std)
         self.encoder = PatchTransformer(image_size=image_size, patch_size=patch_size, **encoder)
-        # The decoder's "image" is the grid of codes, each a patch of one "pixel" with C channels. So its patch embedding, a
-        # convolution of 1 x 1, is what lifts the C numbers of a code back to the decoder's width.
+        # The decoder's "image" is the grid of codes, each a patch of one "pixel" with C channels. So its patch
+        # embedding, a convolution of 1 x 1, is what lifts the C numbers of a code back to the decoder's width.
         self.grid, self.patch_size = self.encoder.grid, patch_size
         self.decoder = PatchTransformer(image_size=self.grid, patch_size=1, in_channels=codebook_dim, **decoder)
-        # Its weights in the order in which this "image" lies in memory, pixel after pixel, as their gradients will be: DDP
-        # warns where the two differ.
+        # Its weights are stored in the order in which this "image" lies in memory, pixel after pixel, because their
+        # gradients will be: DDP warns where the two differ.
         proj = self.decoder.patch_embed.proj
         proj.weight = nn.Parameter(proj.weight.detach().clone(memory_format=torch.channels_last))
         width, decoder_width = encoder["embed_dim"], decoder["embed_dim"]
@@ -347,7 +348,7 @@ class VQKD(nn.Module):
 
     @property
     def num_ids(self) -> int:
-        """K."""
+        """K, the number of codes."""
         return len(self.vectors)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -358,12 +359,13 @@ class VQKD(nn.Module):
 
     @torch.no_grad()
     def token_ids(self, images: Tensor) -> Tensor:
-        """Images in [0,1], [B, 3, S, S] -> the id of each patch's code, row by row, int64 [B, N]: what stage 2 predicts."""
+        """Images in [0,1], [B, 3, S, S] -> the id of each patch's code, row by row, int64 [B, N]."""
         return self.quantize(self.encode(images))[1]
 
     def targets(self, run: Run, samples: TrainSamples) -> Callable[[dict, Tensor, Tensor], Tensor]:
-        """What stage 2 has to predict: a function of a batch, its images in [0,1] and the positions `masked` [B, M], which
-        gives the ids of these patches, int64 [B, M]."""
+        """What stage 2 has to predict: a function of a batch, its images in [0,1] and the positions `masked` [B, M],
+        which gives the ids of these patches, int64 [B, M]. From here on the tokenizer is on the run's device.
+        """
         ids_of = Frozen(run, self.to(run.device).token_ids, "ids", samples, digest(self), "int32")
         return lambda batch, images, masked: take(ids_of(batch, images), masked)
 
@@ -449,8 +451,8 @@ def train(config) -> None:
     samples = TrainSamples(train_set, config.seed, config.data.image_size, cfg.crop_scale, views=config.data.views)
     teacher = open_teacher(config).to(run.device)
 
-    # The model that learns in this stage. `parallel` is the same model, compiled and synchronised between processes if
-    # asked for. The codebook is no part of what the optimizer moves: it has no gradient.
+    # The model that learns in this stage. `parallel` is the same model, compiled if asked for, and synchronised between
+    # processes if there are several. The optimizer does not move the codebook, which has no gradient.
     model = build_vqkd(config, teacher.output_dim).to(run.device)
     optimizer = make_optimizer(model, cfg)
     usage = CodeUsage(cfg.codebook_size, run.device)
@@ -483,7 +485,7 @@ def train(config) -> None:
             #    which code.
             with run.autocast():
                 cosine_loss, commitment_loss, _ = parallel(images, features)
-            model.quantize.remember()  # the vectors: dead codes may be put among them
+            model.quantize.remember()  # keep the vectors: dead codes may be put among them
             loss = cosine_loss + commitment_loss  # equation 2, as a loss
             run.backward(loss)
             run.record(loss=loss, cosine_loss=cosine_loss, commitment_loss=commitment_loss)
@@ -551,7 +553,7 @@ def evaluate(run: Run, model: nn.Module, features_of: Callable[[dict], Tensor], 
 
     bag_knn is the one that says whether codes mean anything. An image becomes the bag of its ids, without their order,
     and k-NN guesses its class from the training images with the most similar bags. The loss may be low and all codes in
-    use though they tell nothing but brightness: then this share stays near chance. one_class is the share of the codes
+    use even if they tell only brightness: then this share stays near chance. one_class is the share of the codes
     in use whose patches lie, half of them or more, in images of one class. Labels serve only here; without classes, or
     without a `bank_loader`, these figures are left out.
 
@@ -585,7 +587,7 @@ def evaluate(run: Run, model: nn.Module, features_of: Callable[[dict], Tensor], 
         if bank_loader:
             accuracy = knn_accuracy(bank, bank_labels, bag_of_ids(ids, model.num_ids), batch["label"])
         sums += torch.tensor([cosine_loss.item(), accuracy, 1.0], device=run.device) * len(ids)
-        places = ids * columns + batch["label"][:, None]  # a code and a class as one number
+        places = ids * columns + batch["label"][:, None]  # an id and a class as one number
         counts += places.flatten().bincount(minlength=counts.numel()).view_as(counts)
     loss, hits, count = all_reduce_sum(sums).tolist()
     usage = CodeUsage(model.num_ids, run.device)

@@ -4,8 +4,8 @@
     python docs/ablations.py seeds=1 ...                                       # only seed 1, for a second processor
     python docs/ablations.py tables                                            # only the tables of what has been run
 
-Stopped with Ctrl-C, it goes on with the same command. A run writes into runs/ablations/ROW-SEED, as any experiment does,
-and is left alone once it has ended. Further arguments go to every script.
+Stopped with Ctrl-C, it goes on with the same command. A run writes into runs/ablations/ROW-SEED, as any experiment
+does, and is left alone once it has ended. Further arguments go to every script.
 """
 
 import sys

@@ -168,7 +168,7 @@ def measure(config, stage: str) -> tuple[float, float]:
 
 
 def step_memory(config, stage: str, images: int) -> float:
-    """GB that a GPU would hold at most in a step of `stage` with micro-batches of so many images, counted without it."""
+    """GB that a GPU would hold at most in a step of `stage` with micro-batches of so many images, without it."""
     attention = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = memory_efficient_attention
     try:

@@ -27,8 +27,8 @@ CACHE_BATCH = 128  # images of one pass that fills a cache
 class Frozen:
     """A frozen network, asked about batches of one kind of samples.
 
-        codes = Frozen(run, tokenizer.token_ids, "codes", samples, digest(tokenizer), "int32")
-        target = codes(batch, images)  # [B, N]
+        ids_of = Frozen(run, tokenizer.token_ids, "ids", samples, digest(tokenizer), "int32")
+        ids = ids_of(batch, images)  # [B, N]
 
     A frozen teacher says the same of the same crop each time, and on a small machine this takes longer than a small
     student needs to learn from it. So with fixed crops (`data.views`) it is asked about each of them once, when this

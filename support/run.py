@@ -55,8 +55,8 @@ class Run:
             run.end_epoch(epoch, {"accuracy": ...})             # writes metrics and checkpoint
 
     OUTPUT_DIR/STAGE receives last.pt, metrics.jsonl and config.yaml. At the start of each step the default generators
-    are seeded from (seed, step, rank), and every sample has a generator of its own. So a checkpoint needs no generator's
-    state, and an interrupted run ends exactly where an uninterrupted one does.
+    are seeded from (seed, step, rank), and every sample has a generator of its own. So a checkpoint needs no
+    generator's state, and an interrupted run ends exactly where an uninterrupted one does.
     """
 
     def __init__(self, stage: str, config: types.SimpleNamespace, train: OptimizerConfig):
@@ -151,7 +151,7 @@ class Run:
                                                                     self.accumulation)]
 
     def on_device(self, batch: dict) -> dict:
-        """A batch on the device, all but its `row`: caches lie in the host's memory, and asking the device would wait."""
+        """A batch on the device, all but its `row`: caches lie in the host's memory, and asking the device takes time."""
         return {key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) and key != "row" else value
                 for key, value in batch.items()}
 
@@ -197,8 +197,9 @@ class Run:
             raise UserError(f"'{self.checkpoint_file}' is no checkpoint of this stage (it lacks "
                             f"{', '.join(sorted(missing))}): move it away, or choose another output_dir")
         # How the tokenizer was trained is the business of its own stage: its shape is checked when it is loaded.
+        before = with_defaults(state["config"], self.config)  # an option that is newer than the run had its default
         differences = [f"{key} was {old!r} and is {new!r}"
-                       for key, old, new in changed_keys(with_defaults(state["config"], self.config), as_dict(self.config))
+                       for key, old, new in changed_keys(before, as_dict(self.config))
                        if key.split(".")[-1] not in FREE_TO_CHANGE
                        and (self.stage == "tokenizer" or key.split(".")[0] != "tokenizer")]
         if differences:
@@ -268,8 +269,8 @@ class Run:
     def micro_batches(self, epoch: int) -> Iterator[tuple[int, dict, bool]]:
         """The batches of an epoch, on the device, from where the run stands: (step, batch, last).
 
-        An optimizer step takes `accumulation` of them; `last` says that this one completes its step. Logging, saving and
-        stopping happen here too, after the loop has dealt with that last one.
+        An optimizer step takes `accumulation` of them; `last` says that this one completes its step. Logging, saving
+        and stopping happen here too, after the loop has dealt with that last one.
         """
         done = self.step - epoch * self.steps_per_epoch
         batches = self.loader.stream(self.step * self.accumulation, self.batches_per_epoch)

@@ -103,7 +103,8 @@ def open_classifier(config) -> tuple[Classifier, list[str] | None]:
 
 
 class OrBlack(Dataset):
-    """samples[index]: `image` as ValSamples gives it, and `error`: "", or why it cannot be read, and the image is black.
+    """samples[index]: `image` as ValSamples gives it, and `error`: "", or why it cannot be read, and the image is
+    black.
 
     One broken file in a thousand must not take the results of the others.
     """

@@ -46,8 +46,8 @@ def hidden_states(model, images) -> dict[int, torch.Tensor]:
 
 
 def predictions(model, images) -> list[torch.Tensor]:
-    """What forward returns for masked images, if it is a list with an entry for each name in `model.predictions`."""
-    found, names = model(images, MASKED[:len(images)]), model.predictions
+    """What forward returns for masked images, if it is a list with an entry for each name in `model.prediction_names`."""
+    found, names = model(images, MASKED[:len(images)]), model.prediction_names
     what = f"a list of {len(found)}" if isinstance(found, list) else f"a {type(found).__name__}"
     assert isinstance(found, list) and len(found) == len(names), \
         f"forward should return a list of logits, one for each name in `predictions`, here {' and '.join(names)}, but " \

@@ -290,7 +290,7 @@ def test_without_a_head_it_is_plain_masked_prediction():
     plain.load_state_dict({name: value for name, value in full.state_dict().items() if not name.startswith("cls_pt")})
     [logits] = plain(images(), MASKED)
     assert torch.equal(logits, full(images(), MASKED)[0])
-    assert (full.predictions, plain.predictions) == (("mim", "cls"), ("mim",))
+    assert (full.prediction_names, plain.prediction_names) == (("mim", "cls"), ("mim",))
 
 
 def test_a_separate_head_begins_as_the_shared_one_does():

@@ -102,7 +102,7 @@ def test_hits_and_beliefs_are_those_of_the_model():
     said = visualize.predict_masked(model, images, ids, config())
     assert said.masked.shape == said.truth.shape == (3, 5)
     assert said.hits.keys() == said.top.keys() == said.share.keys() == {"mim", "cls"}
-    for name, logits in zip(model.predictions, model(data.normalize(images / 255), said.masked)):
+    for name, logits in zip(model.prediction_names, model(data.normalize(images / 255), said.masked)):
         assert said.top[name].shape == said.share[name].shape == (3, 5, 5)
         for i in range(3):
             for m in range(5):
