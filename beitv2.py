@@ -818,9 +818,9 @@ def read_checkpoint(path: str | Path) -> dict:
     except Exception as error:  # a broken file can raise nearly any type of error while torch reads it
         text = str(error).strip()
         if foreign := FOREIGN_TYPE.search(text):
-            raise ModelError(f"'{path}' holds objects of another program ({next(filter(None, foreign.groups()))}), which "
-                             f"are not read: keep its tensors alone, with torch.save({{'model': model.state_dict()}}, "
-                             f"PATH) where that program runs") from error
+            raise ModelError(f"'{path}' holds objects of another program ({foreign[foreign.lastindex]}), which are not "
+                             f"read: keep its tensors alone, with torch.save({{'model': model.state_dict()}}, PATH) "
+                             f"where that program runs") from error
         reason = text.split("WeightsUnpickler error: ")[-1].splitlines() or [type(error).__name__]
         raise ModelError(f"'{path}' cannot be read as a checkpoint; it is truncated, or no file of tensors and plain "
                          f"values: copy or download it again ({reason[0][:200]})") from error

@@ -13,7 +13,8 @@ from torch import Tensor
 from beitv2 import ALWAYS_DROPPED_ENDS
 from support.errors import explained
 
-# Our names, as patterns, and those of the BEiT folders that are published for transformers: all its versions read them.
+# Our names, as patterns, and those of the BEiT folders that are published for transformers, whose versions 4 and 5 read
+# them.
 RENAMED = {
     r"^patch_embed\.proj": "beit.embeddings.patch_embeddings.projection",
     r"^(cls_token|mask_token)": r"beit.embeddings.\1",
@@ -68,10 +69,10 @@ def write_transformers(state: dict[str, Tensor], folder: Path, num_heads: int, i
         parts = {name: value}
         if "qkv" in name:  # three matrices there
             parts = {name.replace("qkv", part): rows for part, rows in zip(("query", "key", "value"), value.chunk(3))}
-        for part, value in parts.items():
+        for new, rows in parts.items():
             for ours, theirs in renamed.items():
-                part = re.sub(ours, theirs, part)
-            tensors[part] = value
+                new = re.sub(ours, theirs, new)
+            tensors[new] = rows
     with explained(f"cannot write into '{folder}'", "free some space or choose another output_dir", OSError):
         folder.mkdir(exist_ok=True)
         write_safetensors(tensors, folder / "model.safetensors")
