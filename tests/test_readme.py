@@ -19,14 +19,15 @@ def definitions(file: str) -> dict[str, tuple[int, int]]:
     def visit(node: ast.AST, prefix: str) -> None:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
-                found[prefix + child.name] = child.lineno, child.end_lineno
+                first = min([child.lineno, *(decorator.lineno for decorator in child.decorator_list)])
+                found[prefix + child.name] = first, child.end_lineno
                 visit(child, f"{prefix}{child.name}.")
 
     visit(ast.parse((CODE / file).read_text()), "")
     return found
 
 
-@pytest.mark.parametrize("link", LINK.finditer(README), ids=lambda link: link[0].split("]")[0])
+@pytest.mark.parametrize("link", list(LINK.finditer(README)), ids=lambda link: link[0].split("]")[0])
 def test_a_link_to_code_leads_there(link):
     first, last, file, start, end, target, target_start, target_end = link.groups()
     assert (file, start, end) == (target, target_start, target_end), "what is shown is what is linked"
