@@ -48,7 +48,7 @@ from support.optimizers import clip_gradients, make_optimizer
 from support.options import Amount, Beta, Count, PathText, Share, TrainConfig, load_config
 from support.processes import all_reduce_sum, gather_in_order, say
 from support.run import Run
-from support.use import export, features, open_classifier, predict
+from support.use import class_names, export, features, open_classifier, predict
 
 
 @dataclass
@@ -489,8 +489,8 @@ def load_weights(config, model: nn.Module, classes: list[str] | None = None) -> 
 
     `none` loads nothing.
 
-    If the checkpoint was fine-tuned for other `classes`, its head is not loaded, even if the number of classes is the
-    same: its outputs would stand for the wrong classes.
+    The head is loaded only if it was trained for the same `classes`. A file that does not name its classes (published
+    and exported ones do not, but `finetune.classes_file` can) may be for others, even if it has as many outputs.
     """
     if config.finetune.weights == "none":
         return None
@@ -502,11 +502,15 @@ def load_weights(config, model: nn.Module, classes: list[str] | None = None) -> 
         # A fine-tuned model norms after pooling. Here it serves as a backbone, and a backbone norms before pooling. So
         # the norm that it has takes the place of the one that it lacks.
         state = {name.replace("fc_norm.", "norm."): value for name, value in state.items()}
-    others = classes is not None and content.get("classes", classes) != classes
-    head = [name for name in state if name.startswith("head.") and others]
+    head = []
+    if classes is not None and (names := class_names(config, content, state, path)) != classes:
+        head = [name for name in state if name.startswith("head.")]
     report = load_pretrained(model, {name: state[name] for name in state if name not in head}, source=str(path))
     report.dropped += head
     say(report)
+    if head:
+        say("the head is dropped: " + ("it was trained for other classes" if names else "the file does not name its "
+            "classes, so they may be others (finetune.classes_file=PATH names them)"))
     return path
 
 

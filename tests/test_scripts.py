@@ -1208,6 +1208,23 @@ def test_a_second_fine_tuning(home, capsys):
         assert content["classes"] == [f"pet{i}" for i in range(count)] and len(content["model"]["head.weight"]) == count
 
 
+def test_a_head_without_names_of_classes(home, capsys):
+    """As many outputs may be other classes. So training drops the head and says so; a file of names keeps it."""
+    torch.save({"model": checkpoint(home / "base/finetune/best.pt")["model"]}, home / "exported.pth")
+    given = f"finetune.weights={home}/exported.pth", "finetune.epochs=1", "finetune.warmup_epochs=0"
+    start("finetune", home, "nameless", *given)
+    shown = capsys.readouterr().out
+    assert "dropped 2 (head.bias, head.weight); fresh 2 (head.bias, head.weight)" in shown
+    assert "the head is dropped: the file does not name its classes" in shown and "finetune.classes_file=PATH" in shown
+    (home / "order.txt").write_text("\n".join(SHAPES) + "\n")
+    start("finetune", home, "named", *given, f"finetune.classes_file={home}/order.txt")
+    shown = capsys.readouterr().out
+    assert "head" not in shown.partition("loaded")[2].partition("\n")[0] and "the head is dropped" not in shown
+    (home / "order.txt").write_text("\n".join([*SHAPES][::-1]) + "\n")  # the same names for other outputs
+    start("finetune", home, "turned", *given, f"finetune.classes_file={home}/order.txt")
+    assert "the head is dropped: it was trained for other classes" in capsys.readouterr().out
+
+
 def test_frozen_features_of_a_fine_tuned_model(home, capsys):
     """k-NN and probe take fine-tuned weights too."""
     start("finetune", home, "tuned_knn", "finetune.mode=knn", f"finetune.weights={home}/base/finetune/best.pt")
