@@ -816,7 +816,7 @@ def read_checkpoint(path: str | Path) -> dict:
         with torch.serialization.safe_globals(plain_types()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can raise nearly any type of error while torch reads it
-        text = str(error).strip()
+        text = "cut off in a name" if ends_in_a_name(path, str(error)) else str(error).strip()
         if foreign := FOREIGN_TYPE.search(text):
             raise ModelError(f"'{path}' holds objects of another program ({foreign[foreign.lastindex]}), which are not "
                              f"read: keep its tensors alone, with torch.save({{'model': model.state_dict()}}, PATH) "
@@ -827,6 +827,19 @@ def read_checkpoint(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise ModelError(f"'{path}' holds a {type(content).__name__}, not a checkpoint with named tensors")
     return content
+
+
+def ends_in_a_name(path: str | Path, text: str) -> bool:
+    """Whether the type that torch does not know, by what it says, is only the beginning of a name: what the file ends in.
+
+    A file in the format before torch 1.6 can be cut off there. (Torch takes the last byte for the end of the line.)
+    """
+    if not (foreign := FOREIGN_TYPE.search(text)):
+        return False
+    name = foreign[foreign.lastindex].split(".")[-1].encode()
+    with open(path, "rb") as file:
+        file.seek(max(0, Path(path).stat().st_size - len(name) - 1))
+        return file.read(len(name)) == name
 
 
 def read_model(path: str | Path, section: str, here) -> dict:
