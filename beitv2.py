@@ -821,7 +821,7 @@ def read_checkpoint(path: str | Path) -> dict:
             raise ModelError(f"'{path}' holds objects of another program ({foreign[foreign.lastindex]}), which are not "
                              f"read: keep its tensors alone, with torch.save({{'model': model.state_dict()}}, PATH) "
                              f"where that program runs") from error
-        reason = text.split("WeightsUnpickler error: ")[-1].splitlines() or [type(error).__name__]
+        reason = text.split("WeightsUnpickler error: ")[-1].strip().splitlines() or [type(error).__name__]
         raise ModelError(f"'{path}' cannot be read as a checkpoint; it is truncated, or no file of tensors and plain "
                          f"values: copy or download it again ({reason[0][:200]})") from error
     if not isinstance(content, dict):
