@@ -190,7 +190,8 @@ def read_header(path: str) -> tuple[tuple[int, int], int]:
     with Image.open(path) as image:
         # Pillow would decode a whole PNG to look for a tag at its end, where hardly any program puts it.
         tag = image.getexif().get(0x0112, 1) if image.format != "PNG" or "exif" in image.info else 1
-        width, height = image.size
+        # Pillow gives the size of a turned TIFF as it will be shown, and that of all others as it is stored.
+        width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
     return ((width, height) if 5 <= tag <= 8 else (height, width)), tag
 
 

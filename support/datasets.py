@@ -7,6 +7,7 @@ import contextlib
 import glob
 import hashlib
 import os
+import struct
 import sys
 from collections import Counter
 from pathlib import Path
@@ -164,7 +165,15 @@ def class_folders(folder: str) -> list[str]:
     if not os.path.isdir(folder):
         return []
     with explained(f"the folder '{folder}' cannot be read", "repair it, or set data.root=PATH", OSError):
-        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not hidden(entry.name))
+        return sorted(entry.name for entry in os.scandir(folder) if is_folder(entry) and not hidden(entry.name))
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether it is a folder, or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or to where nobody may look
+        return False
 
 
 def hidden(name: str) -> bool:
@@ -187,10 +196,11 @@ def find_images(folder: str, nested: bool = True, but: str | None = None) -> tup
         with explained(f"the folder '{os.fsdecode(here)}' cannot be read", "repair or remove it", OSError):
             entries = sorted(os.scandir(here), key=lambda entry: entry.name)
         for entry in entries:
-            is_image = entry.name.lower().endswith(suffixes)
+            # A broken link is an image that cannot be read. But reading a pipe would wait forever.
+            is_image = entry.name.lower().endswith(suffixes) and (entry.is_symlink() or entry.is_file())
             if hidden(os.fsdecode(entry.name)):
-                passed_over["hidden"] += is_image or entry.is_dir()
-            elif entry.is_dir():
+                passed_over["hidden"] += is_image or is_folder(entry)
+            elif is_folder(entry):
                 real = os.path.realpath(entry.path)
                 if nested and real not in seen:
                     seen.add(real)
@@ -328,7 +338,9 @@ def read_image(path: bytes) -> Tensor:
         # numbers is white, and Pillow would take nearly all of them for black or nearly all for white.
         if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
             raise ValueError("its pixels are 32-bit numbers: convert it to 8 or 16 bits")
-        return pil_to_tensor(to_rgb(ImageOps.exif_transpose(image)))
+        with contextlib.suppress(SyntaxError, ValueError, KeyError, TypeError, struct.error):  # EXIF that is broken
+            image = ImageOps.exif_transpose(image)  # says nothing; torchvision's decoder too passes over it
+        return pil_to_tensor(to_rgb(image))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

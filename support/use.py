@@ -173,8 +173,9 @@ def refuse_unreadable(errors: dict[int, str], total: int, rest: str = "") -> Non
 
 
 def printable(name: str) -> str:
-    """A file's name as text: bytes that are no UTF-8 become \\xNN, since no terminal and no text file takes them."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """A file's name on one line: bytes that are no UTF-8, line ends and codes of a terminal become \\xNN or \\n."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 def output_folder(config, name: str) -> Path:

@@ -162,6 +162,18 @@ def test_patterns_reach_into_folders_and_what_is_passed_over_is_named(tmp_path, 
         found("only")
 
 
+def test_links_in_a_circle_and_pipes_are_no_images(tmp_path):
+    config = folder(tmp_path, train=4, val=2)
+    for place in ("train", "val", "train/cat"):
+        (tmp_path / place / "circle").symlink_to("circle")
+    os.mkfifo(tmp_path / "train/cat/pipe.jpg")  # whoever reads it waits for a writer
+    train, val = open_datasets(config)
+    assert train.classes == ["cat", "dog"] and len(train) == 4 and len(val) == 2
+    assert len(open_files(str(tmp_path))) == 6
+    (tmp_path / "train/cat/circle.jpg").symlink_to("circle.jpg")  # as any broken link: an image that cannot be read
+    assert len(open_dataset(config, "train")) == 5
+
+
 def test_names_that_are_no_text(tmp_path):
     (tmp_path / "caf\udce9").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "caf\udce9/\udce9.jpg")
@@ -239,6 +251,14 @@ def test_every_kind_of_image_decodes_to_sensible_rgb(tmp_path):
         assert dataset.load(i).dtype == torch.uint8 and image.shape == (3, 8, 8)
         for x, colour in ((1, left), (6, right)):
             assert (image[:, 4, x] - torch.tensor(colour)).abs().max() <= 6, (dataset.name(i), image[:, 4, x])
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg"])
+def test_exif_that_is_broken_spoils_no_image(tmp_path, name):
+    image = Image.new("RGB", (8, 4), (200, 30, 10))
+    image.save(tmp_path / name, exif=b"Exif\0\0no such thing")
+    loaded = read_image(os.fsencode(tmp_path / name)).int()
+    assert loaded.shape == (3, 4, 8) and (loaded - torch.tensor([200, 30, 10])[:, None, None]).abs().max() <= 6
 
 
 def by_pillow(path: Path) -> torch.Tensor:

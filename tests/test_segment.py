@@ -437,7 +437,7 @@ def write_turned(root: Path, labels: np.ndarray, name="a", ending=".jpg", tag=6)
     return write(root, name, stored, labels, ending=ending, exif=exif, quality=95)[0], upright
 
 
-@pytest.mark.parametrize("ending", [".jpg", ".png"])
+@pytest.mark.parametrize("ending", [".jpg", ".png", ".webp", ".tif"])
 def test_an_exif_tag_turns_the_image_to_its_annotation(tmp_path, capsys, ending):
     labels = np.repeat([[0], [1]], 16, axis=0).repeat(24, axis=1).astype(np.uint8)
     path, upright = write_turned(tmp_path, labels, ending=ending)

@@ -176,6 +176,12 @@ def test_predictions_of_all_images_but_those_that_cannot_be_read(tmp_path, photo
     assert lines(tmp_path) == [f"{photos}/{names[i]}: {want[i]}" for i in (0, 2, 3)]
 
 
+@pytest.mark.parametrize("name, shown", [("a b.jpg", "a b.jpg"), ("日本.jpg", "日本.jpg"), ("caf\udce9", "caf\\xe9"),
+                                         ("a\nb\tc", "a\\nb\\tc"), ("\x1b[31mred", "\\x1b[31mred")])
+def test_a_name_is_printed_on_one_line(name, shown):
+    assert use.printable(name) == shown
+
+
 def test_nothing_is_written_if_no_image_can_be_read(tmp_path, photos):
     save_classifier(tmp_path, photos)
     (tmp_path / "broken.jpg").write_bytes(b"no image")
