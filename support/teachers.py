@@ -391,9 +391,10 @@ def open_own(config) -> OwnTeacher:
     if not isinstance(module, nn.Module):
         raise UserError(f"{name}(grid, image_size) of '{file}' must return an nn.Module, not a "
                         f"{type(module).__name__}")
-    if not isinstance(getattr(module, "output_dim", None), int):
+    width = getattr(module, "output_dim", None)
+    if type(width) is not int or width < 1:
         raise UserError(f"the module of {name} in '{file}' needs an attribute `output_dim`, the width of its features: "
-                        f"a whole number")
+                        f"a whole number, at least 1")
 
     teacher, expected = OwnTeacher(module, file), [2, grid**2, module.output_dim]
     features = teacher(torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)))

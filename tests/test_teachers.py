@@ -372,6 +372,8 @@ def test_a_module_of_the_users_own_is_frozen_and_asked_as_it_is(tmp_path):
     ("* self.scale)", "* 255).long()", "type torch.int64: features must be floating point"),
     ("maps = ", "torch.set_grad_enabled(True); images.requires_grad_(); maps = ", "keeps a gradient"),
     ("output_dim = 3", "width = 3", "needs an attribute `output_dim`"),
+    ("output_dim = 3", "output_dim = 0", "a whole number, at least 1"),
+    ("output_dim = 3", "output_dim = True", "a whole number, at least 1"),
     ("class Mean(torch.nn.Module)", "class Other(torch.nn.Module)", "has no function or class 'Mean'; it has Other"),
     ("class Mean(torch.nn.Module)", "def Mean(grid, size): return 7\nclass Other(torch.nn.Module)",
      r"Mean\(grid, image_size\) of '.*mine.py' must return an nn.Module, not a int"),
