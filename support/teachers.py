@@ -13,6 +13,7 @@ import runpy
 import sys
 import traceback
 import types
+import typing
 import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -347,18 +348,34 @@ def about_teacher(config, teacher: nn.Module) -> dict:
 
 
 class OwnTeacher(nn.Module):
-    """A module from the user's `file`, frozen. An exception in it is shown as what it is, with the file's name."""
+    """A module from the user's `file`, frozen. An exception in it is shown as what it is, with the file's name, and
+    what it returns must be a feature for each of grid x grid patches, in each batch."""
 
-    def __init__(self, module: nn.Module, file: str):
+    def __init__(self, module: nn.Module, file: str, name: str, grid: int):
         super().__init__()
-        self.module, self.file, self.output_dim = module, file, module.output_dim
+        self.module, self.file, self.name, self.grid, self.output_dim = module, file, name, grid, module.output_dim
         self.requires_grad_(False).eval()
 
     @torch.compiler.disable  # any program may stand in it, also one that cannot be compiled
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         with own_code(self.file, "forward"):
-            return self.module(images)
+            features = self.module(images)
+        expected = [len(images), self.grid**2, self.output_dim]
+        if not isinstance(features, Tensor):
+            self.refuse(f"returns a {type(features).__name__}: it must return a tensor")
+        if list(features.shape) != expected:
+            self.refuse(f"maps images {list(images.shape)} to {list(features.shape)}, not to {expected}: it must return "
+                        f"a vector of output_dim for each patch of a grid of {self.grid} x {self.grid}, without [CLS] "
+                        f"and registers")
+        if not features.is_floating_point():
+            self.refuse(f"returns numbers of type {features.dtype}: features must be floating point")
+        if features.requires_grad:
+            self.refuse("keeps a gradient: take torch.enable_grad out of its forward")
+        return features
+
+    def refuse(self, problem: str) -> typing.NoReturn:
+        raise UserError(f"the teacher {self.name} of '{self.file}' {problem}")
 
 
 @contextlib.contextmanager
@@ -396,22 +413,11 @@ def open_own(config) -> OwnTeacher:
         raise UserError(f"the module of {name} in '{file}' needs an attribute `output_dim`, the width of its features: "
                         f"a whole number, at least 1")
 
-    teacher, expected = OwnTeacher(module, file), [2, grid**2, module.output_dim]
+    teacher = OwnTeacher(module, file, name, grid)
     features = teacher(torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)))
-    if not isinstance(features, Tensor):
-        problem = f"returns a {type(features).__name__}: it must return a tensor"
-    elif list(features.shape) != expected:
-        problem = (f"maps images [2, 3, {size}, {size}] to {list(features.shape)}, not to {expected}: it must return a "
-                   f"vector of output_dim for each patch of a grid of {grid} x {grid}, without [CLS] and registers")
-    elif not features.is_floating_point():
-        problem = f"returns numbers of type {features.dtype}: features must be floating point"
-    elif features.requires_grad:
-        problem = "keeps a gradient: take torch.enable_grad out of its forward"
-    elif not features.isfinite().all():
-        problem = "returns numbers that are not finite, of an ordinary image in [0,1]: look at its weights"
-    else:
-        return teacher
-    raise UserError(f"the teacher {name} of '{file}' {problem}")
+    if not features.isfinite().all():
+        teacher.refuse("returns numbers that are not finite, of an ordinary image in [0,1]: look at its weights")
+    return teacher
 
 
 # ----------------------------------------------------------------------------------------------------------------

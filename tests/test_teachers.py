@@ -356,6 +356,13 @@ def own_teacher(folder: Path, code: str, *changes: str, name: str = "Mean"):
     return open_teacher(config), config
 
 
+def test_what_the_users_module_returns_is_looked_at_in_each_batch(tmp_path):
+    """Its first batch may fit by chance: here it has two images."""
+    teacher, _ = own_teacher(tmp_path, GOOD.replace("images, self.grid)", "images[:2], self.grid)"))
+    with pytest.raises(UserError, match=r"mine.py' maps images \[3, 3, 48, 48\] to \[2, 36, 3\], not to \[3, 36, 3\]"):
+        teacher(torch.rand(3, 3, 48, 48))
+
+
 def test_a_module_of_the_users_own_is_frozen_and_asked_as_it_is(tmp_path):
     teacher, _ = own_teacher(tmp_path, GOOD)
     images = torch.rand(2, 3, 48, 48)
