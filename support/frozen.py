@@ -3,6 +3,7 @@
 No reader of the method needs this file: `Frozen` is called like the network itself, and gives what it would give.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -149,7 +150,8 @@ def make_file(path: Path, shape: tuple[int, ...], dtype: str) -> None:
                         f"data.cache=FOLDER to one on another disk, or set data.cache=none to compute the values anew "
                         f"in each epoch") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def digest(model: nn.Module) -> str:

@@ -186,6 +186,12 @@ def test_a_full_disk_is_told_before_anything_is_computed(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_where_the_cache_should_lie_is_one_sentence(tmp_path):
+    (tmp_path / "note.txt").touch()
+    with pytest.raises(UserError, match="cannot write the cache .*note.txt.*set data.cache=FOLDER"):
+        make(tmp_path / "note.txt")
+
+
 def test_where_caches_lie():
     def folder_of(**options):
         return cache_folder(types.SimpleNamespace(output_dir="runs/x", data=data.DataConfig(**options)))
