@@ -284,7 +284,7 @@ def renamed(values: dict[str, Any], section: str = "") -> dict[str, Any]:
     result = {}
     for key, value in values.items():
         name, today = RENAMED.get(f"{section}.{key}".lstrip("."), (key, {}))
-        result[name.removeprefix(f"{section}.")] = today.get(str(value), value)
+        result[name.removeprefix(f"{section}.") if section else name] = today.get(str(value), value)
     return result
 
 

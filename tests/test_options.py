@@ -72,6 +72,7 @@ def test_values_of_a_wrong_type(tmp_path, text, words):
     ("", ["data.cuont=1"], "data.cuont", "data.count"), ("", ["devise=cpu"], "devise", "device"),
     ("data: {zzz: 1}", [], "data.zzz", "data."), ("", ["dta.rate=1"], "dta.rate", "data.rate"),
     ("", ["data.rate.x=1"], "data.rate.x", "data.rate"), ("", ["finetune.lrr=1"], "finetune.lrr", "finetune.lr"), ("on: 1", [], "True", ""),
+    ("", [".seed=1"], r"\.seed", "seed"),
 ])
 def test_an_unknown_key_is_told_with_the_nearest(tmp_path, text, overrides, key, nearest):
     with pytest.raises(UserError, match=f"unknown key '{key}'.* nearest valid key is '{nearest}") as error:
