@@ -37,6 +37,9 @@ MACHINE = [
      "this shell allows too few open files: raise the limit with `ulimit -n 65536`, or set data.workers=0"),
     (("allocate memory", "MemoryError"),
      "the computer is out of memory: set a smaller device_batch_size or fewer data.workers"),
+    (("client socket has timed out", "client socket has failed", "waiting for clients"),
+     "the processes did not all meet at MASTER_ADDR and MASTER_PORT: start WORLD_SIZE of them with torchrun, or one "
+     "after `unset RANK`"),
     (("EADDRINUSE", "address already in use"),
      "another program uses the port where the processes were to meet: give torchrun another one, such as "
      "--master-port=29501"),

@@ -63,7 +63,9 @@ def is_announced() -> bool:
     if lacking:
         raise UserError(f"the environment has RANK, but not {', '.join(lacking)}: start several processes with "
                         f"torchrun, or one after `unset RANK`")
-    from_environment("MASTER_PORT")
+    if from_environment("MASTER_PORT") > 65535:
+        raise UserError(f"the environment has MASTER_PORT={os.environ['MASTER_PORT']}, and ports end with 65535: set "
+                        f"another one, or start one process after `unset RANK`")
     if from_environment("RANK") >= from_environment("WORLD_SIZE"):
         raise UserError(f"the environment has RANK={os.environ['RANK']} and WORLD_SIZE={os.environ['WORLD_SIZE']}, and "
                         f"ranks count from 0: start several processes with torchrun, or one after `unset RANK`")

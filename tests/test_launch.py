@@ -30,6 +30,8 @@ from support.processes import say, setup_distributed  # noqa: E402
                   "shared memory."), 1, "--shm-size"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 1, "fewer data.workers"),
     (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), 1, "fewer data.workers"),
+    (RuntimeError("The client socket has timed out after 5000ms while trying to connect to (far, 29531)."), 1, "did not all meet"),
+    (RuntimeError("Timed out after 6 seconds waiting for clients. 1/2 clients joined."), 1, "did not all meet"),
     (OSError(errno.EMFILE, "Too many open files"), 1, "ulimit -n"), (RuntimeError("received 0 items of ancdata"), 1, "ulimit -n"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 1, "the computer is out of memory"),
     (MemoryError(), 1, "the computer is out of memory"),
@@ -98,6 +100,7 @@ WHOLE = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MAS
     ({"RANK": "0"}, ["RANK", "WORLD_SIZE, MASTER_ADDR, MASTER_PORT", "torchrun"]),
     ({"RANK": "1", "WORLD_SIZE": "2"}, ["MASTER_ADDR, MASTER_PORT", "torchrun"]), (WHOLE | {"MASTER_ADDR": ""}, ["MASTER_ADDR"]),
     (WHOLE | {"WORLD_SIZE": "two"}, ["WORLD_SIZE='two'"]), (WHOLE | {"RANK": "-1"}, ["RANK='-1'"]), (WHOLE | {"RANK": ""}, ["RANK=''"]),
+    (WHOLE | {"MASTER_PORT": "99999"}, ["MASTER_PORT=99999", "65535"]),
     (WHOLE | {"RANK": "1"}, ["RANK=1 and WORLD_SIZE=1"]), (WHOLE | {"LOCAL_RANK": "a"}, ["LOCAL_RANK='a'"]),
     (WHOLE | {"LOCAL_WORLD_SIZE": "1.5"}, ["LOCAL_WORLD_SIZE='1.5'"]), (WHOLE | {"MASTER_PORT": "x"}, ["MASTER_PORT='x'"]),
 ])
