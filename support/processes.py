@@ -86,8 +86,9 @@ def setup_distributed(device: str = "auto", threads: int = 0) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda was asked for, but there is no CUDA GPU here: set device=cpu or device=auto")
     use_cuda = torch.cuda.is_available() and device != "cpu"
-    if use_cuda and local_world > torch.cuda.device_count():
-        raise UserError(f"{local_world} processes on this machine want a GPU each, and it has "
+    wanted = max(local_world, local_rank + 1)  # a LOCAL_RANK may stand alone
+    if use_cuda and wanted > torch.cuda.device_count():
+        raise UserError(f"{wanted} processes on this machine want a GPU each, and it has "
                         f"{torch.cuda.device_count()}: lower torchrun's --nproc-per-node, or set device=cpu")
     if use_cuda:
         torch.cuda.set_device(local_rank)

@@ -114,6 +114,18 @@ def test_an_environment_that_announces_processes_by_half(monkeypatch, environmen
     assert all(word in str(error.value) for word in words)
 
 
+@pytest.mark.parametrize("environment", [{"LOCAL_RANK": "3"}, {"LOCAL_WORLD_SIZE": "4"}])
+def test_more_processes_than_gpus(monkeypatch, environment):
+    for name in WHOLE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match="4 processes on this machine want a GPU each, and it has 2"):
+        setup_distributed("cuda")
+
+
 @pytest.mark.parametrize("rank", ["1", "abc"])
 def test_a_lone_rank_speaks_at_once(monkeypatch, capsys, rank):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
