@@ -365,9 +365,9 @@ class OwnTeacher(nn.Module):
         if not isinstance(features, Tensor):
             self.refuse(f"returns a {type(features).__name__}: it must return a tensor")
         if list(features.shape) != expected:
-            self.refuse(f"maps images {list(images.shape)} to {list(features.shape)}, not to {expected}: it must return "
-                        f"a vector of output_dim for each patch of a grid of {self.grid} x {self.grid}, without [CLS] "
-                        f"and registers")
+            self.refuse(f"maps images {list(images.shape)} to {list(features.shape)}, not to {expected}: it must "
+                        f"return a vector of output_dim for each patch of a grid of {self.grid} x {self.grid}, without "
+                        f"[CLS] and registers")
         if not features.is_floating_point():
             self.refuse(f"returns numbers of type {features.dtype}: features must be floating point")
         if features.requires_grad:
