@@ -99,21 +99,22 @@ class HOG(nn.Module):
         # Each pixel votes for the orientation of its gradient, with the gradient's length as its weight. An edge from
         # dark to light and one from light to dark have the same orientation, so angles are taken modulo 180 degrees.
         # An orientation between two bins counts for both, in proportion: else a small turn could change everything.
-        angle = torch.atan2(dy, dx) / math.pi * self.orientations % self.orientations
-        lower, share, strength = angle.long(), angle.frac(), torch.hypot(dx, dy)
-        upper_vote = strength * share
-        lower_vote = strength - upper_vote
+        # (In place: new memory for each result would take as long as computing it.)
+        angle = torch.atan2(dy, dx).mul_(self.orientations / math.pi).remainder_(self.orientations)
+        lower, share, strength = angle.long(), angle.frac_(), torch.hypot(dx, dy)
+        upper_vote = share.mul_(strength)
+        lower_vote = strength.sub_(upper_vote)
 
-        # Votes are added up at once in their cells: [B, C, 9, S, S] of them would take three times as long. The cells of
-        # an image are counted in the order of the result, which is patches, colours, 2 x 2 cells of a patch.
+        # Votes are added up at once in their cells: [B, C, 9, S, S] of them would take three times as long. The cells
+        # of an image are counted in the order of the result, which is patches, colours, 2 x 2 cells of a patch.
         place = torch.arange(S, device=images.device) // cell  # the cell's row of a pixel's row; likewise for columns
         cells = torch.arange(C * (S // cell)**2, device=images.device).view(grid, grid, C, 2, 2)
         cells = cells.permute(2, 0, 3, 1, 4).reshape(C, S // cell, S // cell)[:, place[:, None], place]  # [C, S, S]
-        # A cell has two bins more. The one after the last is the first again. And an angle just below 180 degrees may be
-        # rounded up to them, so that its upper bin is the one after that.
+        # A cell has two bins more. The one after the last is the first again. And an angle just below 180 degrees may
+        # be rounded up to them, so that its upper bin is the one after that.
         bins = self.orientations + 2
         votes = torch.zeros(B, C * (S // cell)**2 * bins, device=images.device)
-        first = (cells * bins + lower).flatten(1)  # [B, C*S*S]
+        first = lower.add_(cells * bins).flatten(1)  # [B, C*S*S]
         votes.scatter_add_(1, first, lower_vote.flatten(1))
         votes[:, 1:].scatter_add_(1, first, upper_vote.flatten(1))
         votes = votes.view(B, grid**2, C, 4, bins)
