@@ -88,6 +88,9 @@ class HOG(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        if len(images) > 16:  # what fits into the processor's cache is quicker than new memory for each result
+            return torch.cat([self(part) for part in images.split(16)])
+
         # The gradient of each pixel: how much brighter its right neighbour is than its left one, and the lower than the
         # upper one. At the border the image is continued by its own edge.
         B, C, S, _ = images.shape
@@ -99,7 +102,6 @@ class HOG(nn.Module):
         # Each pixel votes for the orientation of its gradient, with the gradient's length as its weight. An edge from
         # dark to light and one from light to dark have the same orientation, so angles are taken modulo 180 degrees.
         # An orientation between two bins counts for both, in proportion: else a small turn could change everything.
-        # (In place: new memory for each result would take as long as computing it.)
         angle = torch.atan2(dy, dx).mul_(self.orientations / math.pi).remainder_(self.orientations)
         lower, share, strength = angle.long(), angle.frac_(), torch.hypot(dx, dy)
         upper_vote = share.mul_(strength)
