@@ -238,6 +238,7 @@ class TrainSamples(SeededSamples):
         mean_colour = [round(255 * channel) for channel in IMAGENET_MEAN]
         self.rand_augment = v2.RandAugment(2, 9, 11, BICUBIC, mean_colour) if rand_augment else None
         self.fixed_crops = FixedCrops(self)
+        self.wants_images = True  # a loop that only looks answers up sets it to False: its fixed crops have no `image`
 
     def draw(self, index: int) -> dict:
         """Make one sample. The order of the draws is fixed: another order gives other samples for the same seed."""
@@ -277,8 +278,10 @@ class TrainSamples(SeededSamples):
         """Many samples for the loader: a list of them, or, of fixed crops, at once a batch of tensors [B, ...]."""
         if not self.views:
             return [self[pair] for pair in epochs_and_indices]
-        batch = self.fixed_crops.__getitems__([epoch % self.views * len(self) + index
-                                               for epoch, index in epochs_and_indices])
+        rows = [epoch % self.views * len(self) + index for epoch, index in epochs_and_indices]
+        if not self.wants_images:
+            return self.fixed_crops.numbers(rows)
+        batch = self.fixed_crops.__getitems__(rows)
         if self.jitter or self.num_masked or self.erase:
             rest = []
             for (epoch, index), image in zip(epochs_and_indices, batch["image"]):
@@ -297,6 +300,9 @@ class FixedCrops(Dataset):
 
     def __init__(self, samples: TrainSamples):
         self.samples, self.kept = samples, {}
+        # The place of the image that each crop is of, as far as crops were drawn, else -1. It is another image than the
+        # one that was asked for, if that one cannot be read.
+        self.drawn_from = torch.full((len(self),), -1, dtype=torch.int32)
 
     def __len__(self) -> int:
         return self.samples.views * len(self.samples)
@@ -317,6 +323,15 @@ class FixedCrops(Dataset):
         numbers = {name: torch.tensor([sample[name] for sample in samples])
                    for name in ("label", "index", "row", "unreadable")}
         return {"image": torch.stack([sample["image"] for sample in samples])} | numbers
+
+    def numbers(self, rows: list[int]) -> dict:
+        """The same without `image`: no pixels are fetched for crops that were drawn before."""
+        rows = torch.tensor(rows)
+        for row in rows[self.drawn_from[rows] < 0].tolist():
+            self.drawn_from[row] = self[row]["index"]
+        index, asked = self.drawn_from[rows].long(), rows % len(self.samples)
+        return {"label": torch.from_numpy(self.samples.dataset.labels)[index], "index": index, "row": rows,
+                "unreadable": torch.where(index == asked, -1, asked)}
 
 
 def erase_box(image: Tensor) -> None:

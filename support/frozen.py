@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import ValSamples, to_unit
+from data import FixedCrops, ValSamples, to_unit
 from support.errors import UserError
 from support.loaders import loader_options, with_plain_errors
 from support.processes import all_reduce_sum, on_main, rank, say, world_size
@@ -95,6 +95,7 @@ class Frozen:
         missing = on_main(lambda: [rows for rows in blocks if values[rows[-1]].flat[-1] == unset(dtype)])
         mine = missing[rank()::world_size()]
         loader = DataLoader(images, batch_sampler=mine, **loader_options(run.config.data.workers))
+        drawn_from = torch.zeros(len(images), dtype=torch.int32, device=run.device)  # plus 1; 0: not drawn here
         bar = tqdm(with_plain_errors(loader), desc=f"{name} of {len(images)} images", total=len(mine), leave=False,
                    dynamic_ncols=True, disable=None if rank() == 0 else True)
         for rows, batch in zip(mine, bar):
@@ -102,7 +103,10 @@ class Frozen:
                 answer = self.ask(to_unit(batch["image"].to(run.device)))
             answer = answer.float() if answer.is_floating_point() else answer  # numpy knows no bf16
             values[rows.start:rows.stop] = answer.cpu().numpy()
-        all_reduce_sum(torch.zeros(1, device=run.device)).item()  # wait for all ranks
+            drawn_from[rows.start:rows.stop] = batch["index"].int() + 1
+        drawn_from = all_reduce_sum(drawn_from).cpu() - 1  # here all ranks wait for each other
+        if isinstance(images, FixedCrops):
+            images.drawn_from = drawn_from
         if any(values[rows[-1]].flat[-1] == unset(dtype) for rows in blocks):
             raise UserError(f"the cache '{path}' has gaps: give each machine a folder on a disk of its own with "
                             f"data.cache=FOLDER, or set data.cache=none")

@@ -451,7 +451,10 @@ def open_board(folder: Path, step: int) -> Any:
 def seed_everything(*numbers: int) -> None:
     """Seed the default generators of CPU and GPUs from several numbers, which a hash keeps from colliding."""
     digest = hashlib.sha256(repr(numbers).encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    seed = int.from_bytes(digest[:8], "little", signed=True)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():  # torch.manual_seed would note the whole call stack for GPUs that are not there
+        torch.cuda.manual_seed_all(seed)
 
 
 def shortened(names: list, most: int = 8) -> str:

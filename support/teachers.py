@@ -89,10 +89,13 @@ class HOG(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        if len(images) > 16:  # what fits into the processor's cache is quicker than new memory for each result
+            return torch.cat([self(part) for part in images.split(16)])
+
         # The gradient of each pixel: how much brighter its right neighbour is than its left one, and the lower than the
         # upper one. At the border the image is continued by its own edge.
         B, C, S, _ = images.shape
-        cell = self.patch_size // 2
+        cell, grid = self.patch_size // 2, S // self.patch_size
         padded = F.pad(images.float(), (1, 1, 1, 1), mode="replicate")
         dx = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]  # [B, C, S, S]
         dy = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
@@ -100,19 +103,31 @@ class HOG(nn.Module):
         # Each pixel votes for the orientation of its gradient, with the gradient's length as its weight. An edge from
         # dark to light and one from light to dark have the same orientation, so angles are taken modulo 180 degrees.
         # An orientation between two bins counts for both, in proportion: else a small turn could change everything.
-        angle = torch.atan2(dy, dx) / math.pi * self.orientations % self.orientations
-        lower, share = angle.floor().long() % self.orientations, angle - angle.floor()
-        upper, strength = (lower + 1) % self.orientations, torch.hypot(dx, dy)
-        votes = torch.zeros(B, C, self.orientations, S, S, device=images.device)
-        votes.scatter_(2, lower[:, :, None], (strength * (1 - share))[:, :, None])
-        votes.scatter_(2, upper[:, :, None], (strength * share)[:, :, None])
+        angle = torch.atan2(dy, dx).mul_(self.orientations / math.pi).remainder_(self.orientations)
+        lower, share, strength = angle.long(), angle.frac_(), torch.hypot(dx, dy)
+        upper_vote = share.mul_(strength)
+        lower_vote = strength.sub_(upper_vote)
 
-        # The mean of the votes in each cell is its histogram; then the 2 x 2 cells of a patch are put side by side.
-        histograms = F.avg_pool2d(votes.flatten(1, 2), cell).unflatten(1, (C, -1))  # [B, C, 9, cells, cells]
-        histograms = histograms / (histograms.norm(dim=2, keepdim=True) + 0.01)  # .01: flat cells stay near zero
-        histograms = histograms - histograms.mean(dim=2, keepdim=True)
-        patches = F.pixel_unshuffle(histograms.flatten(1, 2), 2)  # [B, C*9*4, grid, grid]
-        return patches.flatten(2).transpose(1, 2)
+        # Votes are added up at once in their cells: [B, C, 9, S, S] of them would take three times as long. The cells
+        # of an image are counted in the order of the result, which is patches, colours, 2 x 2 cells of a patch.
+        place = torch.arange(S, device=images.device) // cell  # the cell's row of a pixel's row; likewise for columns
+        cells = torch.arange(C * (S // cell)**2, device=images.device).view(grid, grid, C, 2, 2)
+        cells = cells.permute(2, 0, 3, 1, 4).reshape(C, S // cell, S // cell)[:, place[:, None], place]  # [C, S, S]
+        # A cell has two bins more. The one after the last is the first again. And an angle just below 180 degrees may
+        # be rounded up to them, so that its upper bin is the one after that.
+        bins = self.orientations + 2
+        votes = torch.zeros(B, C * (S // cell)**2 * bins, device=images.device)
+        first = lower.add_(cells * bins).flatten(1)  # [B, C*S*S]
+        votes.scatter_add_(1, first, lower_vote.flatten(1))
+        votes[:, 1:].scatter_add_(1, first, upper_vote.flatten(1))
+        votes = votes.view(B, grid**2, C, 4, bins)
+        votes[..., :2] += votes[..., self.orientations:]
+
+        # The mean of the votes in each cell is its histogram.
+        histograms = votes[..., :self.orientations] / cell**2  # [B, N, C, 4, 9]
+        histograms = histograms / (histograms.norm(dim=-1, keepdim=True) + 0.01)  # .01: flat cells stay near zero
+        histograms = histograms - histograms.mean(dim=-1, keepdim=True)
+        return histograms.transpose(3, 4).flatten(2)  # [B, N, C*9*4]
 
 
 class Pixels(nn.Module):

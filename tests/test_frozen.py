@@ -50,6 +50,22 @@ def file_in(path: Path) -> Path:
     return file
 
 
+def test_crops_whose_answers_are_known_are_not_drawn_again(tmp_path, monkeypatch):
+    """Where the file was there already, nobody knows yet which of them replace unreadable images."""
+    samples = data.TrainSamples(shapes(), 3, 16, views=2)
+    make(tmp_path, samples=samples)
+    samples.wants_images, samples.fixed().kept = False, {}
+    monkeypatch.setattr(data.FixedCrops, "__getitem__", refuse)
+    loader = TrainLoader(samples, 8, seed=1)
+    rows = torch.cat([batch["row"] for epoch in (0, 1) for batch in loader.epoch(epoch)])
+    assert torch.equal(rows.sort().values, torch.arange(80))
+    monkeypatch.undo()
+    monkeypatch.setattr(frozen, "CACHE_BATCH", 16)
+    again = data.TrainSamples(shapes(), 3, 16, views=2)
+    make(tmp_path, refuse, samples=again)
+    assert (again.fixed().drawn_from == -1).all()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_each_batch_gets_the_answers_for_its_own_crops(tmp_path, workers):
     samples = data.TrainSamples(shapes(), 3, 16, num_masked=6, mask_grid=4, min_block=2, views=2)

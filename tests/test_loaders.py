@@ -47,6 +47,21 @@ def test_batches_of_fixed_crops_hold_the_samples_that_were_asked_for(workers):
         assert same(batch, {key: torch.stack([even[key], odd[key]], 1).flatten(0, 1) for key in batch})
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_that_want_no_images_are_the_same_without_them(tmp_path, workers):
+    """An unreadable image is replaced here too, also where nothing was drawn before."""
+    config = folder(tmp_path, train=120)
+    truncate(tmp_path / "train/dog/007.png")
+    samples = data.TrainSamples(open_dataset(config, "train"), 3, 16, views=2)
+    whole = [list(TrainLoader(samples, 10, seed=1, workers=workers).epoch(epoch)) for epoch in (0, 1)]
+    samples.wants_images = False
+    loader = TrainLoader(samples, 10, seed=1, workers=workers)
+    for epoch in (0, 1):
+        expected = [{key: value for key, value in batch.items() if key != "image"} for batch in whole[epoch]]
+        assert all_same(loader.epoch(epoch), expected)
+    assert [samples.dataset.name(index) for index in loader.unreadable.named] == [str(tmp_path / "train/dog/007.png")]
+
+
 def test_an_epoch_restarts_in_its_middle():
     samples = full_samples(shapes(count=23))
     whole = list(TrainLoader(samples, 4, seed=1).epoch(3))
