@@ -407,14 +407,9 @@ def linear_probe(config) -> None:
     run.begin(samples, source, probes=probes, optimizer=optimizer)
     lr = run.cosine_schedule()
     # The backbone's features of a batch, side by side, float32 [B, sum of widths]: computed once where crops are fixed.
-<<<<<<< HEAD
     features_of = Frozen(run, lambda images: torch.cat([*pooled(backbone(normalize(images))).values()], dim=1),
                          "pooled", samples, [digest(backbone), *widths], "float32")
-=======
-    features_of = Frozen(run, lambda images: torch.cat([*pooled(backbone(normalize(images))).values()], dim=1), "pooled",
-                         samples, [digest(backbone), *widths], "float32")
     samples.wants_images = features_of.values is None  # else all features are known already
->>>>>>> 4cc54c6c33e1b4e8c7832f9c24670ee2623a821b
     val = extract_features(run, backbone, open_val_loader(run, val_set), len(val_set))
 
     for epoch in run.epochs():
@@ -429,16 +424,10 @@ def linear_probe(config) -> None:
                 features, labels = (gather_in_order(torch.cat(part)) for part in zip(*parts))
                 parts.clear()
                 logits = probes(dict(zip(widths, features.split([*widths.values()], dim=1))))
-<<<<<<< HEAD
                 losses = torch.stack([F.cross_entropy(each, labels) for kind in logits.values() for each in kind])
                 # Each loss depends on one head only. So the gradient of the sum gives each head the gradient of its own
                 # loss.
-=======
-                logits = torch.cat([*logits.values()])  # [heads, B, classes]
-                losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none")
-                losses = losses.view(len(logits), -1).mean(dim=1)
-                # Each loss depends on one head only. So the gradient of the sum gives each head that of its own loss.
->>>>>>> 4cc54c6c33e1b4e8c7832f9c24670ee2623a821b
+    samples.wants_images = features_of.values is None  # else all features are known already
                 run.scaler.scale(losses.sum()).backward()
                 run.scaler.unscale_(optimizer)
                 grad_norm = clip_gradients(optimizer, cfg.clip_grad)

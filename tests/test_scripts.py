@@ -31,15 +31,13 @@ import segment  # noqa: E402
 import tokenizer  # noqa: E402
 import visualize  # noqa: E402
 from beitv2 import ModelError  # noqa: E402
-from support import processes  # noqa: E402
 from support.datasets import SHAPES, Shapes, open_classes, open_files  # noqa: E402
 from support.errors import Interrupted, UserError  # noqa: E402
 from support.figures import last_values  # noqa: E402
 from support.files import say_if_unfinished  # noqa: E402
-from support.launch import STOP_SIGNALS, Stop, fail, launch  # noqa: E402
+from support.launch import STOP_SIGNALS, launch  # noqa: E402
 from support.optimizers import cosine_schedule  # noqa: E402
 from support.options import load_config  # noqa: E402
-from support.run import Run  # noqa: E402
 from support.teachers import HOG  # noqa: E402
 from tests.steps import in_each_step  # noqa: E402
 
