@@ -424,10 +424,11 @@ def linear_probe(config) -> None:
                 features, labels = (gather_in_order(torch.cat(part)) for part in zip(*parts))
                 parts.clear()
                 logits = probes(dict(zip(widths, features.split([*widths.values()], dim=1))))
-                losses = torch.stack([F.cross_entropy(each, labels) for kind in logits.values() for each in kind])
+                logits = torch.cat([*logits.values()])  # [heads, B, classes]
+                losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none")
+                losses = losses.view(len(logits), -1).mean(dim=1)
                 # Each loss depends on one head only. So the gradient of the sum gives each head the gradient of its own
                 # loss.
-    samples.wants_images = features_of.values is None  # else all features are known already
                 run.scaler.scale(losses.sum()).backward()
                 run.scaler.unscale_(optimizer)
                 grad_norm = clip_gradients(optimizer, cfg.clip_grad)
