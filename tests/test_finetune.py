@@ -59,3 +59,17 @@ def test_extract_features_keeps_order_and_separates_cls():
     features = finetune.extract_features(run, Model, loader, total=5)
     assert features["cls"][:, 0].tolist() == pytest.approx([100, 101, 102, 103, 104], abs=1e-4)
     assert features["mean"][:, 0].tolist() == pytest.approx([0, 1, 2, 3, 4], abs=1e-4) and features["labels"].tolist() == [0, 10, 20, 30, 40]
+
+
+def test_a_probe_moves_its_batch_norms_once_a_step_and_each_head_has_its_own_gradient():
+    torch.manual_seed(0)
+    probes, features = finetune.LinearProbes({"cls": 3, "mean": 5}, 4, 2), {"cls": torch.randn(6, 3), "mean": torch.randn(6, 5)}
+    logits = probes(features)
+    for kind, norm in probes.norms.items():
+        assert norm.num_batches_tracked == 1, "a second call for a second rate would move the averages again"
+        expected = [head(F.batch_norm(features[kind], None, None, training=True)) for head in probes.heads[kind]]
+        assert torch.allclose(logits[kind], torch.stack(expected), atol=1e-6)
+    (logits["mean"][1] * torch.randn(6, 4)).sum().backward()
+    moved = [name for name, parameter in probes.named_parameters()
+             if parameter.grad is not None and parameter.grad.abs().max() > 1e-3]
+    assert moved == ["heads.mean.1.weight", "heads.mean.1.bias"]
