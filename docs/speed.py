@@ -20,11 +20,10 @@ from pathlib import Path
 
 ROUNDS = 5
 # Small pieces of the real runs: a step takes as long in them. `pixels` stands in for CLIP, whose answers are cached.
-SMALL = ["data.train_images=320", "data.val_images=64", "tokenizer.epochs=2", "tokenizer.warmup_epochs=1",
+SMALL = ["data.train_images=640", "data.val_images=64", "tokenizer.epochs=2", "tokenizer.warmup_epochs=1",
          "tokenizer.knn_images=0", "pretrain.epochs=2", "pretrain.knn_every=0", "finetune.weights=none",
          "finetune.mode=linear_probe", "finetune.probe_epochs=8", "device=cpu"]
-RUNS = {"demo": ["configs/demo.yaml"], "imagenette": ["configs/imagenette.yaml", "data.dataset=shapes",
-                                                      "tokenizer.teacher=pixels", "data.views=1"]}
+RUNS = {"demo": [], "imagenette": ["data.dataset=shapes", "data.train_images=96", "tokenizer.teacher=pixels"]}
 STAGES = {"tokenizer": "tokenizer", "pretrain": "pretrain", "probe": "finetune"}
 PARTS = {
     "tokenizer sample": "a sample at 224 px from a JPEG of 500 x 375: tokenizer",
@@ -40,7 +39,7 @@ PARTS = {
 def main(older: str, chosen: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_photos(Path(folder))
-        clones = [Clone(clone, Path(folder) / name) for name, clone in (("old", older), ("new", Path(__file__).parents[1]))]
+        clones = [Clone(older, Path(folder) / "old"), Clone(Path(__file__).parents[1], Path(folder) / "new")]
         print("| part | older, ms | now, ms | ratio |\n|---|---|---|---|")
         for part, title in PARTS.items():
             if chosen and not part.startswith(tuple(chosen)):
@@ -139,9 +138,9 @@ def time_steps(folder: Path, run: str, stage: str) -> float:
     output = folder / run
     for script in ["tokenizer", "pretrain"] if stage == "pretrain" else [STAGES[stage]]:
         if script == STAGES[stage]:  # the tokenizer serves all rounds of pre-training
-            shutil.rmtree(output / ("linear_probe_scratch" if stage == "probe" else stage), ignore_errors=True)
+            shutil.rmtree(output if stage == "probe" else output / stage, ignore_errors=True)
             ends.clear()
-        sys.argv = [f"{script}.py", *RUNS[run], *SMALL, f"output_dir={output}"]
+        sys.argv = [f"{script}.py", f"configs/{run}.yaml", *SMALL, *RUNS[run], f"output_dir={output}"]
         importlib.import_module(script).main()
     hook.remove()
     return statistics.median(after - before for before, after in zip(ends, ends[1:]))
