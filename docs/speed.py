@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROUNDS = 5
 # Small pieces of the real runs: a step takes as long in them. `pixels` stands in for CLIP, whose answers are cached.
-SMALL = ["data.train_images=640", "data.val_images=64", "tokenizer.epochs=2", "tokenizer.warmup_epochs=1",
+SMALL = ["data.train_images=320", "data.val_images=64", "tokenizer.epochs=2", "tokenizer.warmup_epochs=1",
          "tokenizer.knn_images=0", "pretrain.epochs=2", "pretrain.knn_every=0", "finetune.weights=none",
          "finetune.mode=linear_probe", "finetune.probe_epochs=8", "device=cpu"]
 RUNS = {"demo": [], "imagenette": ["data.dataset=shapes", "data.train_images=96", "tokenizer.teacher=pixels"]}
