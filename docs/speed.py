@@ -1,6 +1,6 @@
 """Times of an older clone of this repository over those of this one, part by part, for docs/speed.md.
 
-    python docs/speed.py OLDER_CLONE            # ten to twenty minutes on one idle core
+    python docs/speed.py OLDER_CLONE            # all parts: half an hour or more on a busy core
     python docs/speed.py OLDER_CLONE hog mask   # only parts whose names begin like this
 
 Each clone works in a process of its own, with one thread. Both take turns, so that a busy machine slows both alike, and
