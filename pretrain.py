@@ -150,7 +150,7 @@ def train(config) -> None:
             #    make [CLS] a summary of the image (see MaskedImageModel). Accuracy is low even at the end (about 16 %
             #    for the paper's large model): many codes fit a hidden patch, and only one is right.
             loss = 0.0
-            for name, logits in zip(model.prediction_names, predictions):
+            for name, logits in zip(model.prediction_names, predictions, strict=True):
                 part, hits = score(logits, targets)
                 loss = loss + part
                 run.record(**{f"{name}_loss": part, f"{name}_accuracy": hits.float().mean()})

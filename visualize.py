@@ -176,7 +176,8 @@ def predict_masked(model: MaskedImageModel, images: Tensor, ids: Tensor, config)
     """Mask uint8 images [B, 3, S, S], whose ids are [B, grid, grid], as in pre-training, and ask what is hidden."""
     masked = data.fixed_masks(len(images), model.grid, config.pretrain)
     said = Predictions(masked, take(ids.flatten(1), masked), {}, {}, {})
-    for name, logits in zip(model.prediction_names, model(data.normalize(data.to_unit(images)), masked)):
+    for name, logits in zip(model.prediction_names, model(data.normalize(data.to_unit(images)), masked),
+                            strict=True):
         said.hits[name] = score(logits, said.truth)[1]
         said.share[name], said.top[name] = logits.softmax(dim=-1).topk(min(5, logits.shape[-1]), dim=-1)
     return said

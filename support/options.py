@@ -57,7 +57,7 @@ class OptimizerConfig:
 
     batch_size: Count = 1024  # images per optimizer step, over all devices; no other value follows from it
     device_batch_size: Natural = 0  # the most images that one device holds; more are accumulated. 0: no limit
-    optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"
+    optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"  # a name of support/optimizers.py; the linear probe has SGD
     lr: Amount = 1e-3  # peak learning rate
     betas: tuple[Beta, Beta] = (0.9, 0.999)  # AdamW
     weight_decay: Amount = 0.05
