@@ -362,11 +362,15 @@ class VQKD(nn.Module):
         """Images in [0,1], [B, 3, S, S] -> the id of each patch's code, row by row, int64 [B, N]."""
         return self.quantize(self.encode(images))[1]
 
+    def target(self, images: Tensor) -> Tensor:
+        """What stage 2 has to predict of each patch, [B, N, ...]: its id. Another kind of target begins here."""
+        return self.token_ids(images)
+
     def targets(self, run: Run, samples: TrainSamples) -> Callable[[dict, Tensor, Tensor], Tensor]:
-        """What stage 2 has to predict: a function of a batch, its images in [0,1] and the positions `masked` [B, M],
+        """`target` for the training loop: a function of a batch, its images in [0,1] and the positions `masked` [B, M],
         which gives the ids of these patches, int64 [B, M]. From here on the tokenizer is on the run's device.
         """
-        ids_of = Frozen(run, self.to(run.device).token_ids, "ids", samples, digest(self), "int32")
+        ids_of = Frozen(run, self.to(run.device).target, "ids", samples, digest(self), "int32")
         return lambda batch, images, masked: take(ids_of(batch, images), masked)
 
     def decode(self, codes: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def paint_epoch(run: Run, student: MaskedImageModel, tokenizer: nn.Module, val_s
     masked = data.fixed_masks(len(chosen), student.grid, run.config.pretrain).to(run.device)
     with run.autocast():
         inputs = data.to_unit(images.to(run.device))
-        target = take(tokenizer.token_ids(inputs), masked)
+        target = take(tokenizer.target(inputs), masked)
         hits = [score(logits, target)[1] for logits in student(data.normalize(inputs), masked)]
     rows = []
     for i, image in enumerate(images):

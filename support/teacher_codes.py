@@ -48,6 +48,10 @@ class TeacherTokenizer(nn.Module):
         """Images in [0,1], [B, 3, S, S] -> the id of each patch's code, row by row, int64 [B, N]."""
         return self.quantize(self.teacher(images))[1]
 
+    def target(self, images: Tensor) -> Tensor:
+        """As VQKD.target."""
+        return self.token_ids(images)
+
     def targets(self, run: Run, samples: TrainSamples) -> Callable[[dict, Tensor, Tensor], Tensor]:
         """As VQKD.targets. Stage 1 has left the teacher's features in the cache, if the crops are the same."""
         features_of = Frozen(run, self.to(run.device).teacher, "features", samples, self.about, "float16")
