@@ -74,7 +74,7 @@ class ModelConfig:
     init_std: Annotated[float, 0.001, 1.0] = 0.02  # of the initial weights; narrow models learn faster with more
     rel_pos_bias: bool = True  # relative position bias: one table while pre-training, one per block afterwards
     abs_pos_embed: bool = False  # learned absolute position embeddings
-    checkpoint_activations: bool = False  # recompute the blocks in the backward pass: less memory, a third more time
+    checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory, more time
 
     def check(self, config) -> None:
         """Called when the configuration is read. ModelError if patches do not fit the image, or heads the width."""
@@ -327,7 +327,7 @@ def relative_position_index(grid: int) -> Tensor:
 class VisionTransformer(nn.Module):
     """A Vision Transformer: images [B, C, S, S] -> embed -> blocks -> final norm -> tokens [B, T, D].
 
-    The teachers CLIP, DINO and DINOv2 are this class too. They only set the switches of the last line differently.
+    The teachers CLIP, DINO and DINOv2 are this class too, with position embeddings and other switches.
 
     image_size       pixels; images are square
     patch_size       pixels, divides image_size; N = (image_size / patch_size)^2

@@ -83,7 +83,7 @@ class PretrainConfig(TrainConfig):
             return
         check_num_masked(self.num_masked, grid)
         largest = min(self.num_masked, (grid - 1) ** 2)
-        if self.min_block > largest:  # every mask would consist of single patches
+        if self.min_block > largest:  # hardly a block would fit
             raise UserError(f"pretrain.min_block is {self.min_block}, but with {self.num_masked} masked patches of "
                             f"{grid} x {grid} no block can have more than {largest}: lower pretrain.min_block")
         depth = dimensions(config.model)["depth"]

@@ -558,8 +558,8 @@ def evaluate(run: Run, model: nn.Module, features_of: Callable[[dict], Tensor], 
     bag_knn is the one that says whether codes mean anything. An image becomes the bag of its ids, without their order,
     and k-NN guesses its class from the training images with the most similar bags. The loss may be low and all codes in
     use even if they tell only brightness: then this share stays near chance. one_class is the share of the codes
-    in use whose patches lie, half of them or more, in images of one class. Labels serve only here; without classes, or
-    without a `bank_loader`, these figures are left out.
+    in use whose patches lie, half of them or more, in images of one class. Labels serve only here: without classes both
+    figures are left out, without a `bank_loader` the first.
 
     model         VQKD, or teacher_codes.TeacherTokenizer
     features_of   batch -> the teacher's features [B, N, teacher_dim]
