@@ -465,9 +465,10 @@ def train(config) -> None:
     lr = run.cosine_schedule()
 
     # What the teacher says of a batch: asked anew, or computed once for all crops, if they are fixed (`data.views`).
-    features_of = Frozen(run, teacher, "features", samples, about_teacher(config, teacher), "float16")
+    about = about_teacher(config, teacher)
+    features_of = Frozen(run, teacher, "features", samples, about, "float16")
     val_samples = ValSamples(val_set, config.data.image_size, strict=val_set.labelled)
-    val_features_of = Frozen(run, teacher, "features", val_samples, about_teacher(config, teacher), "float16")
+    val_features_of = Frozen(run, teacher, "features", val_samples, about, "float16")
     val_loader = ValLoader(val_samples, run.device_batch, workers=config.data.workers)
     bank_loader = open_bank(run, train_set)  # for bag_knn, see `evaluate`
     if run.step == 0:  # a run that goes on has its codebook in the checkpoint
