@@ -42,7 +42,7 @@ from torch.utils.checkpoint import checkpoint
 # name: width D, blocks, heads
 SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 
-# What is special about some parameters. A new part of the model may belong in here.
+# What is special about some parameters. A new part of the model may have to be added here.
 ROLES = {
     # Parameters of the model itself:
     "drawn": ("cls_token", "mask_token", "pos_embed", "register_tokens"),  # vectors with random initial values
@@ -133,7 +133,7 @@ def check_heads(embed_dim: int, num_heads: int, section: str = "") -> None:
 class DropPath(nn.Module):
     """Stochastic depth (arXiv 1603.09382): while training, some images skip a residual branch.
 
-    Each image skips it with probability `rate`. So no block can rely on what one certain branch adds, and a large
+    Each image skips it with probability `rate`. So no block can rely on one particular branch, and a large
     model overfits less. Dropout would zero single numbers; here the image really passes through a shallower network.
     """
 
@@ -248,7 +248,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Cuts images into patches and projects each of them linearly: [B, C, S, S] -> [B, N, D], row by row.
+    """Cuts images of C channels into patches and projects each linearly: [B, C, S, S] -> [B, N, D], row by row.
 
     The convolution's stride equals its kernel, so that each patch meets the kernel exactly once. This is the same as
     cutting out the patch, flattening it, and one linear layer. Patches do not overlap. Masking depends on that:
@@ -288,7 +288,7 @@ class RelativePositionBias(nn.Module):
 def relative_position_index(grid: int) -> Tensor:
     """For each pair (query token, key token), the row of the bias table that holds their bias: int64 [T, T].
 
-    On an image of grid x grid patches, two patches are between -(grid-1) and grid-1 rows apart. So it is for columns.
+    On an image of grid x grid patches, two patches are between -(grid-1) and grid-1 rows apart; so with columns.
     That makes (2 grid - 1)^2 displacements, one row of the table for each. Three more rows follow, because [CLS] has
     no place: one for the pairs [CLS] -> patch, one for patch -> [CLS], and one for [CLS] -> [CLS].
 
@@ -465,7 +465,7 @@ class VisionTransformer(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: nn.Module, truncate_at: float, convolutions: bool = False, std: float = 0.02) -> None:
-    """Draw normal weights of `std`, cut off at +-`truncate_at`, and set biases to zero.
+    """Draw normal weights with standard deviation `std`, cut off at +-`truncate_at`, and set biases to zero.
 
     The residual branches of the blocks then become smaller with depth: see shrink_residual_branches.
 
@@ -534,7 +534,7 @@ class MaskedImageModel(VisionTransformer):
                           └──────► early patch tokens ──────────────┴──► head ──► norm, lm_head ──► ids     (2)
 
     Why the head needs [CLS]: what the blocks after l find out can reach it in one way only, through [CLS]. The
-    final patch tokens are not shown to it. The early ones have combined less of the image, and the head, with its
+    final patch tokens are not shown to it. The early ones know less of the other patches, and the head, with its
     two layers, cannot do the work of the missing blocks. So the loss goes down only if [CLS] carries what the early
     patches do not know. And one vector can hardly hold the answers for all the masked patches one by one. It has to
     say what helps with all of them: what the image shows. That is how [CLS] learns this without any label. (So the
@@ -612,8 +612,8 @@ class MaskedImageModel(VisionTransformer):
     def aggregate(self, last: Tensor, early: Tensor, masked: Tensor, position_bias: Tensor | None) -> Tensor:
         """Patch aggregation (Figure 3 of the paper): predict the ids again, from the final [CLS] and early patches.
 
-        last, early     tokens [B, T, D] after the last block, and after block `early_layers`; the final norm has
-                        touched neither: it comes after the head, before the output layer
+        last, early     tokens [B, T, D] after the last block, and after block `early_layers`; the final norm is not
+                        applied to them: it comes after the head, before the output layer
         masked          int64 [B, M]
         position_bias   the bias of the shared table, or None for none; the head's blocks get it as it is
         returns         logits [B, M, K]
@@ -710,13 +710,13 @@ class Classifier(VisionTransformer):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Act 5. Who decays, and who learns how fast
+# Act 5. Which parameters decay, and how fast each of them learns
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
     """Sort the trainable parameters into AdamW groups by weight decay and learning-rate scale.
 
-    Vectors, biases, [CLS] and position embeddings do not decay; mask token and bias tables do, as published.
+    Norms, layer scales, biases, [CLS] and positions do not decay; mask token and bias tables do, as published.
     With `layer_decay` < 1 (fine-tuning), lower layers learn more slowly, see `lr_scale`.
     """
     depth = len(getattr(model, "blocks", ()))

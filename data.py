@@ -46,11 +46,11 @@ class DataConfig:
     root: PathText = "data"  # a folder of images, or ROOT/{train,val}/CLASS/*.jpg with classes; or where to download to
     download: bool = False  # fetch a named data set that is not in `root`
     image_size: Count = 224  # pixels, square
-    views: Natural = 0  # crops of each image that a frozen network sees: epoch e takes number e mod views; 0: new ones
+    views: Natural = 0  # fixed crops of each image, of which epoch e takes number e mod views; 0: new ones each epoch
     cache: PathText = ""  # with views: folder for what frozen networks say of crops; empty: OUTPUT_DIR/cache; none: off
     workers: Natural = 8  # loader processes per rank
-    train_images: Count = 4000  # `shapes` only: how many to draw for training
-    val_images: Count = 1000  # `shapes` only: how many to draw for validation
+    train_images: Count = 4000  # `shapes` only: how many training images to make
+    val_images: Count = 1000  # `shapes` only: how many validation images to make
 
     def check(self, config) -> None:
         """Called when the configuration is read."""
@@ -72,7 +72,7 @@ class DataConfig:
 # With many more, too little is left to recognise the object by, and the input differs more from what the model sees
 # after pre-training, when nothing is masked.
 #
-# Why the same number in each image: masked positions, ids and logits of a batch then are whole tensors, [B, M] and
+# Why the same number in each image: masked positions, ids and logits of a batch are then single tensors, [B, M] and
 # [B, M, K], of the same shape in every step. With a number that varies, they would need padding or lists, the compiled
 # model would be compiled again and again, and the host would have to wait for the device to learn the sizes.
 # ---------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def block_mask(grid: int, num_masked: int, min_block: int = 16,
     """bool [grid * grid], row by row, with exactly `num_masked` True, mostly in rectangles that may overlap.
 
     grid        patches along one side of the image
-    min_block   the smallest area of a rectangle, in patches, before rounding, while so many are still to be masked
+    min_block   the smallest area of a rectangle, in patches, before rounding; less where fewer are still to be masked
 
     The paper masks 75 of 14 x 14 patches (38 %, "about 40 %") in blocks of at least 16. With `min_block` 0 there are no
     blocks, and every masked patch is drawn alone. One random number of the `generator`, or of torch's default one, is
@@ -209,11 +209,11 @@ class TrainSamples(SeededSamples):
     """A training sample for classification and pre-training. samples[epoch, index] is a dictionary with these entries:
 
     image   uint8 [3, S, S], a random resized crop, flipped half the time
-    label   int64, the class (0 without classes); index: int64, the image's place in the data set
+    label   int64, the class (0 without classes); index: int64, the image's index in the data set
     jitter  float32 [3], factors of brightness, contrast and saturation  (if jitter > 0)
     mask    bool [mask_grid ** 2], `num_masked` of them True              (if num_masked > 0)
     row     int64, the crop's number among the views * len(dataset)       (if views > 0)
-    unreadable  int64, the place of an image that cannot be read, and that this one replaces; else -1
+    unreadable  int64, the index of an image that cannot be read, and that this one replaces; else -1
 
     The tokenizer uses crop and flip, pre-training also jitter and mask. Fine-tuning has RandAugment instead, and random
     erasing with the probability `erase`.
@@ -238,7 +238,7 @@ class TrainSamples(SeededSamples):
         mean_colour = [round(255 * channel) for channel in IMAGENET_MEAN]
         self.rand_augment = v2.RandAugment(2, 9, 11, BICUBIC, mean_colour) if rand_augment else None
         self.fixed_crops = FixedCrops(self)
-        self.wants_images = True  # a loop that only looks answers up sets it to False: its fixed crops have no `image`
+        self.wants_images = True  # False: fixed crops come without `image`, for a loop that only reads a cache
 
     def draw(self, index: int) -> dict:
         """Make one sample. The order of the draws is fixed: another order gives other samples for the same seed."""
@@ -254,7 +254,7 @@ class TrainSamples(SeededSamples):
         image = TF.resize(image[:, top:top + height, left:left + width], [self.size, self.size], BICUBIC)
         if torch.rand(()) < 0.5:
             image = image.flip(2)
-        if self.rand_augment:  # quicker on Pillow's images than on tensors, and so is the way there channel by channel
+        if self.rand_augment:  # faster on Pillow's images than on tensors; the way there is fastest channel by channel
             picture = Image.merge("RGB", [Image.fromarray(channel.numpy()) for channel in image])
             image = torch.from_numpy(np.stack(self.rand_augment(picture).split()))
         return {"image": image, "label": self.dataset.label(index), "index": index, "unreadable": unreadable}
@@ -295,13 +295,13 @@ class FixedCrops(Dataset):
     """With `views` V, all V * len(dataset) crops of a TrainSamples, those of epoch 0 first: [row] is one of its
     samples.
 
-    Those that were drawn are kept, up to 1 GiB in each process, because they come back.
+    They are kept in memory, up to 1 GiB in each process, because each will be needed again.
     """
 
     def __init__(self, samples: TrainSamples):
         self.samples, self.kept = samples, {}
-        # The place of the image that each crop is of, as far as crops were drawn, else -1. It is another image than the
-        # one that was asked for, if that one cannot be read.
+        # For each crop that was made, the index of its image, else -1. It is another image than the one that was asked
+        # for, if that one cannot be read.
         self.drawn_from = torch.full((len(self),), -1, dtype=torch.int32)
 
     def __len__(self) -> int:
@@ -360,7 +360,7 @@ class ValSamples(Dataset):
     index too.
 
     An image that cannot be read is a UserError. If `strict` is False, samples also say whether the image is `readable`:
-    one that is not is black, and to be left out.
+    an unreadable one is black, and the caller must leave it out.
     """
 
     def __init__(self, dataset, image_size: int, strict=True):
@@ -387,7 +387,7 @@ class ValSamples(Dataset):
 
 def centre_crop(image: Tensor, size: int) -> Tensor:
     """uint8 [3, H, W] -> [3, size, size], the crop of evaluation."""
-    # Of a long strip only the middle will be seen. Enlarged as a whole, it could fill the memory.
+    # Of a very long image only the middle will be seen. Enlarged as a whole, it could fill the memory.
     limit = 8 * min(image.shape[1:])
     if max(image.shape[1:]) > limit:
         image = TF.center_crop(image, [min(length, limit) for length in image.shape[1:]])

@@ -3,7 +3,7 @@
 There are three ways to measure it. Each asks for something else:
 
     finetune        train all layers on labelled images, gently: how good a start has pre-training given?
-    linear_probe    train one linear layer on frozen features: can the classes be separated by planes?
+    linear_probe    train one linear layer on frozen features: is what they know about classes easy to read?
     knn             train nothing: do images of one class lie next to each other?
 
     torchrun finetune.py configs/demo.yaml                                   # fine-tune all layers
@@ -57,9 +57,9 @@ class FinetuneConfig(TrainConfig):
 
     mode: Literal["finetune", "linear_probe", "knn", "report", "predict", "features", "export"] = "finetune"
     # Path or URL. Empty: OUTPUT_DIR/pretrain/last.pt, or finetune/best.pt for eval_only, predict, features and export.
-    # none: an untrained backbone, or, for these four, what was fine-tuned from an untrained backbone.
+    # none: an untrained backbone, or OUTPUT_DIR/finetune_scratch/best.pt for these four.
     weights: PathText = ""
-    eval_only: bool = False  # only validate, on images whose classes may be some of those that the model knows
+    eval_only: bool = False  # only validate, on images of all or some of the model's classes
     classes_file: PathText = ""  # names of the model's classes, one a line, where its checkpoint does not hold them
     images: PathText = ""  # predict and features: an image, a folder, or a pattern such as *.jpg
     blocks: list[Count] = field(default_factory=list)  # features: blocks, from 1, whose hidden states to save too
@@ -262,7 +262,7 @@ def pooled(tokens: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def extract_features(run: Run, model: VisionTransformer, loader: Any, total: int) -> dict[str, Tensor]:
-    """Frozen features of all images that the ranks' loaders deal out, in order, on every rank.
+    """Frozen features of all images of the ranks' loaders, in the order of the data set, on every rank.
 
     total     number of images over all ranks
     returns   those of each pooling, "cls" and "mean", float32 [total, D], and "labels" int64 [total]. Images that
@@ -329,10 +329,10 @@ def knn(config) -> None:
 def knn_pulse(run: Run, model: VisionTransformer, train_set, val_set, images: int) -> dict[str, float]:
     """k-NN accuracy in [0,1] of the features of a model in training: a cheap look at what they know.
 
-    Nothing is trained for this, so the figure is honest at any moment. Labels are used only here, and the model never
+    Nothing is trained for this, so figures of all epochs can be compared. Labels are used only here: the model never
     sees them.
 
-    images   how many training images to compare with, evenly chosen
+    images   how many training images to compare with, evenly spaced
     """
     model.eval()
     chosen = torch.linspace(0, len(train_set) - 1, min(images, len(train_set))).long().tolist()
@@ -346,9 +346,9 @@ class LinearProbes(nn.Module):
 
     The numbers of a feature can be small in one backbone and large in another, and differ from channel to channel. SGD
     learns fast where they are large and hardly at all where they are small. So each backbone would need other learning
-    rates, and a comparison would measure these. BatchNorm gives every channel mean 0 and deviation 1 (as MAE does,
-    arXiv 2111.06377). It has no parameters of its own: a scale and a shift before a linear layer could only do what
-    the weights and the bias of that layer can do already.
+    rates, and one set of rates would favour some backbones. BatchNorm gives every channel mean 0 and deviation 1 (as
+    MAE does, arXiv 2111.06377). It has no parameters of its own: a scale and a shift before a linear layer could only
+    do what the weights and the bias of that layer can do already.
 
     The best learning rate is not known beforehand. The features cost nearly all the time and are the same for all
     heads, so six rates cost hardly more than one.

@@ -5,29 +5,29 @@
     torchrun pretrain.py configs/imagenette.yaml pretrain.num_masked=40      # any option, from the command line
 
 We hide about 40 % of the patches of an image, in rectangular blocks: a learned vector, the mask token, takes the place
-of each. The network that we train is a Vision Transformer; here it is also called the *student*. It gets all N places
-of the image, but nothing of what was in the hidden ones. For each of these it must give the id of the code that the
-tokenizer of stage 1 finds in the patch. The tokenizer sees the whole image.
+of each. The network that we train is a Vision Transformer; here it is also called the *student*. It gets one token for
+each patch, but for a hidden (or masked) one only the mask token, which says nothing of the pixels. For each masked
+patch it must predict the id of the code that the tokenizer of stage 1 gives it. The tokenizer sees the whole image.
 
-The ids are predicted twice. The first prediction reads the student's last layer, at the hidden place. The second one
+The ids are predicted twice. The first prediction reads the student's last layer, at the masked position. The second one
 comes from the aggregation head, a small transformer that is thrown away afterwards. It reads the final [CLS] token
-beside the patch tokens of an early layer l (at a hidden place: the mask token after l blocks). Both are scored in the
-same way:
+together with the patch tokens of an early layer l (at a masked position: the mask token after l blocks). Both have the
+same loss:
 
     loss = - mean over hidden patches i of  [ log p(id_i | visible patches) + log p(id_i | [CLS], early patches) ]
 
-Why codes and not pixels? A network that must paint pixels spends its strength on textures. A code stands for what a
-teacher such as CLIP sees in the patch, so naming it asks what the hidden part *is*.
+Why codes and not pixels? A network that must predict pixels spends most of its capacity on textures. A code stands for
+what a teacher such as CLIP sees in the patch, so to predict it the network must know what the hidden part *is*.
 
 One image of 224 pixels on its way through the paper's base model:
 
     image                                     [3, 224, 224]
     ids of all patches, from the tokenizer    [196]           only those of the 75 hidden patches are asked for
     [CLS] and 14 x 14 patches, 75 hidden      [197, 768]      a transformer of 12 blocks; all 197 tokens run through it
-    at the hidden places, after block 12      [75, 768]
+    at the masked positions, after block 12   [75, 768]
     prediction 1                              [75, 8192]      final norm and output layer
     final [CLS], patches after block 9        [197, 768]      the aggregation head, 2 blocks
-    prediction 2                              [75, 8192]      the same norm and output layer, at the hidden places
+    prediction 2                              [75, 8192]      the same norm and output layer, at the masked positions
 
 Writes OUTPUT_DIR/pretrain/{last.pt, metrics.jsonl, config.yaml, epoch-NN.png}.
 """
@@ -72,18 +72,18 @@ class PretrainConfig(TrainConfig):
     crop_scale: tuple[Share, Share] = (0.2, 1.0)  # area of the random crop over that of the image
     jitter: Amount = 0.4  # strength of the colour jitter
     knn_every: Natural = 10  # a k-NN measurement after so many epochs, and after the last; 0: never
-    knn_images: Count = 20000  # training images that the k-NN compares with, evenly chosen
+    knn_images: Count = 20000  # training images that the k-NN compares with, evenly spaced
 
     def check(self, config) -> None:
-        """Called when the configuration is read: are there such masks, and such a layer?"""
+        """Called when the configuration is read. UserError if masks do not fit the image, or a layer is not there."""
         grid = config.data.image_size // config.model.patch_size
-        if self.mask_ratio:  # from here on the number counts: a run is the same, whichever of the two was given
+        if self.mask_ratio:  # from here on only num_masked is used, so both options can describe the same run
             self.num_masked, self.mask_ratio = max(1, round(self.mask_ratio * grid**2)), 0.0
         if hasattr(config, "visualize"):  # a page of pictures needs no pre-training
             return
         check_num_masked(self.num_masked, grid)
         largest = min(self.num_masked, (grid - 1) ** 2)
-        if self.min_block > largest:  # hardly a block would fit
+        if self.min_block > largest:  # almost no block would fit
             raise UserError(f"pretrain.min_block is {self.min_block}, but with {self.num_masked} masked patches of "
                             f"{grid} x {grid} no block can have more than {largest}: lower pretrain.min_block")
         depth = dimensions(config.model)["depth"]
@@ -101,7 +101,7 @@ def main() -> None:
 
 def train(config) -> None:
     cfg, size = config.pretrain, config.data.image_size
-    run = Run("pretrain", config, cfg)  # knows processes, devices, the log and checkpoints: nothing of the method
+    run = Run("pretrain", config, cfg)  # handles processes, devices, log and checkpoints; knows nothing of the method
 
     # Each training sample brings its crop, the factors of its colour jitter, and its mask (data.block_mask).
     train_set, val_set = open_datasets(config.data)
@@ -132,12 +132,12 @@ def train(config) -> None:
             images = jittered(batch)  # [B, 3, S, S] in [0,1]
 
             # 2. The mask, as positions of hidden patches. Every image has the same number M of them. So all shapes are
-            #    known before the step, and a compiled model never has to wait for a count.
+            #    known before the step, and nothing has to wait until the masked patches are counted.
             masked = masked_positions(batch["mask"], cfg.num_masked)  # [B, M], each in 0 .. N-1
 
             # 3. The question. The tokenizer sees the whole image and names the code of each patch. We ask only about
             #    the hidden ones: a visible patch could be named by looking at it, and would teach little. (With
-            #    `data.views` it sees the crop without jitter, whose ids never change.)
+            #    `data.views` the tokenizer sees the crop without jitter, whose ids never change.)
             targets = targets_of(batch, images, masked)  # ids [B, M], each in 0 .. K-1
 
             # 4. Both predictions. The student gets ImageNet's normalisation, which fine-tuning will use too. (The
@@ -146,7 +146,7 @@ def train(config) -> None:
                 predictions = student(normalize(images), masked)  # one or two: logits [B, M, K]
 
             # 5. The score: a classification among K ids for each hidden patch, for both predictions with the same
-            #    weight. The gradient of the second one, "cls", reaches the last layers only through [CLS]: that shall
+            #    weight. The gradient of the second one, "cls", reaches the last layers only through [CLS]: this is to
             #    make [CLS] a summary of the image (see MaskedImageModel). Accuracy is low even at the end (about 16 %
             #    for the paper's large model): many codes fit a hidden patch, and only one is right.
             loss = 0.0
@@ -178,8 +178,8 @@ def build_model(config, num_ids: int) -> MaskedImageModel:
 
 
 def measure(run: Run, model: MaskedImageModel, tokenizer: nn.Module, train_set, val_set, epoch: int) -> dict:
-    """After an epoch: a small picture, and now and then k-NN. Loss and accuracy tell how well ids are guessed, not
-    whether the features are useful; k-NN tells that."""
+    """After an epoch: a small picture, and every `knn_every` epochs k-NN. Loss and accuracy tell how well ids are
+    predicted, but not whether the features are useful; k-NN tells that."""
     cfg = run.config.pretrain
     paint_epoch(run, model, tokenizer, val_set, epoch)
     last = epoch + 1 == cfg.epochs

@@ -591,7 +591,7 @@ def train(config) -> None:
             if last:
                 run.scaler.unscale_(optimizer)
                 grad_norm = clip_gradients(optimizer, cfg.clip_grad)
-                run.scaler.step(optimizer)
+                run.scaler.step(optimizer)  # optimizer.step(), unless fp16 gradients have overflowed
                 run.scaler.update()
                 optimizer.zero_grad()
                 run.record(lr=lr[step], grad_norm=grad_norm)

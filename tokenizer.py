@@ -7,7 +7,7 @@
 
     image -> encoder -> z, one vector per patch -> the nearest code of the codebook -> decoder -> teacher's features
 
-Masked image modeling needs something to predict. Pixels ask for every texture. Words would be better, but images have
+Masked image modeling needs something to predict. Pixels would mean every texture. Words are better, but images have
 none. So we make some: a codebook of K vectors, the codes, which the tokenizer learns to use as words for patches.
 
 A *code* is a vector of the codebook. Its *id* is its number there, 0 to K-1, and all that stage 2 needs: "to name a
@@ -65,7 +65,7 @@ from support.teachers import TeacherName, about_teacher, open_teacher
 class TokenizerConfig(TrainConfig):
     """The `tokenizer` section. The image is cut into the same patches as the student's: `model.patch_size`."""
 
-    mode: Literal["train", "encode"] = "train"  # encode: write the ids of images instead
+    mode: Literal["train", "encode"] = "train"  # encode: do not train, but write the ids of images
     weights: PathText = ""  # encode only: a trained tokenizer, path or URL; empty: OUTPUT_DIR/tokenizer/last.pt
     images: PathText = ""  # encode only: an image, a folder, or a pattern such as *.jpg
     output: PathText = ""  # encode only: file for names and ids; empty: they are printed
@@ -77,7 +77,7 @@ class TokenizerConfig(TrainConfig):
     betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: Amount = 1e-4
     teacher: TeacherName = "clip_vitb16"  # or another one of docs/teachers.md, or FILE.py:NAME
-    teacher_weights: PathText = ""  # path of the teacher's weights; empty: its public URL. `beitv2` needs one of ours
+    teacher_weights: PathText = ""  # path of the teacher's weights; empty: its public URL. `beitv2` needs pretrain.py's
     teacher_gelu: Literal["auto", "quick", "exact"] = "auto"  # of CLIP; auto: quick, as OpenAI's. LAION's want exact
     encoder: Literal["vqkd", "teacher"] = "vqkd"  # teacher: no VQ-KD, but k-means of the teacher's own features
     size: Literal["tiny", "small", "base", "large"] = "base"  # of the encoder; the three below override it
@@ -88,13 +88,13 @@ class TokenizerConfig(TrainConfig):
     decoder_depth: Count = 3  # blocks of the decoder: shallow, so that the codes must do the work
     codebook_size: Annotated[int, 2, math.inf] = 8192  # K
     codebook_dim: Count = 32  # C, how many numbers a code has: few, or most codes are never used
-    ema_decay: Share = 0.99  # of the codebook's moving average; short runs want .95
+    ema_decay: Share = 0.99  # of the codebook's moving average; .95 is better for short runs
     commitment_beta: Amount = 1.0  # weight of the commitment loss
     kmeans_init: bool = True  # start from k-means over the first batch's vectors
-    mean_start: bool = False  # start with a decoder that gives the teacher's mean feature; short runs want it
+    mean_start: bool = False  # start with a decoder that gives the teacher's mean feature; good for short runs
     revive_below: Amount = 0.0  # a code whose running count of hits per step falls below this starts anew; 0: never
     crop_scale: tuple[Share, Share] = (0.08, 1.0)  # area of the random crop over that of the image
-    knn_images: Natural = 2000  # training images, evenly chosen, that bag_knn compares with; 0: no bag_knn
+    knn_images: Natural = 2000  # training images, evenly spaced, that bag_knn compares with; 0: no bag_knn
 
 
 SECTIONS = {"data": DataConfig, "model": ModelConfig, "tokenizer": TokenizerConfig}
@@ -109,26 +109,26 @@ class Quantizer(nn.Module):
 
     Four ideas meet here.
 
-    Low dimension. C is 32, while the encoder is hundreds wide. In a high dimension a few codes lie near to everything
+    Low dimension. C is 32, while the encoder's width is hundreds. In a high dimension a few codes lie near everything
     and take all the hits, and the others are never used. So says the paper, which uses nearly all of 8192 codes with
-    C = 32. (Our small codebooks, of 256 codes, are used alike with 8, 32 and 192 numbers: docs/ablations.md.)
+    C = 32. (Our small codebooks, of 256 codes, are used equally well with C = 8, 32 and 192: docs/ablations.md.)
 
     Length 1. Both z and the codes are scaled to length 1, so the nearest code is the one with the highest cosine. If
     lengths were free, a code could win or lose by its length alone.
 
     No gradient. The optimizer does not train the codes. Each code moves towards the mean of the vectors that chose it,
-    by an exponential moving average. This is k-means, a little in each step. It needs no learning rate, and a code
-    moves only when it is used. (Other VQ-VAEs also average the number of hits, so that many hits move a code further
-    than few. Here, as published, one hit moves it as far as a thousand.)
+    by an exponential moving average. This is k-means in small steps. It needs no learning rate, and a code moves only
+    when it gets a *hit*, that is, when a vector chooses it. (Other VQ-VAEs also average the number of hits, so that
+    many hits move a code further than few. Here, as published, one hit moves it as far as a thousand.)
 
     Dead codes. A code that nothing chooses has no mean to move to. It stays where it is, while the vectors move on with
     the encoder, so it will never be chosen again. `revive_below` puts such codes back among the vectors of the batch.
     It is not in the paper, and off unless asked for: skip `seen`, `latest` and `remember` when you read this first.
 
-    Everything here is in float32: in half precision, neighbouring codes fall together.
+    Everything here is in float32: in half precision, two neighbouring codes may become equal.
 
     embedding.weight    [K, C], the codes, of length 1
-    running_count       [K], an average of hits per optimizer step, by which dead codes are found
+    running_count       [K], a moving average of hits per optimizer step, by which dead codes are found
     """
 
     def __init__(self, codebook_size: int, codebook_dim: int, ema_decay: float = 0.99, commitment_beta: float = 1.0,
@@ -139,12 +139,12 @@ class Quantizer(nn.Module):
         self.embedding.weight = nn.Parameter(F.normalize(torch.randn(codebook_size, codebook_dim), dim=1), False)
         self.register_buffer("running_count", torch.ones(codebook_size))
         self.register_buffer("counts", torch.zeros(codebook_size), persistent=False)  # hits since the last update
-        self.register_buffer("sums", torch.zeros(codebook_size, codebook_dim), persistent=False)  # and what hit
+        self.register_buffer("sums", torch.zeros(codebook_size, codebook_dim), persistent=False)  # their l2(z) added up
         self.seen: list[Tensor] = []  # l2(z) [B, N, C] of each micro-batch since the last update, for dead codes
         self.latest: Tensor | None = None  # l2(z) [B, N, C] of the last micro-batch, for `remember`
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Replace each vector by its nearest code. While training, also count what hit each code.
+        """Replace each vector by its nearest code. While training, also count the hits of each code.
 
         z        [B, N, C], any length
         returns  codes float32 [B, N, C] whose gradient is copied to l2(z) unchanged; ids int64 [B, N]; commitment loss,
@@ -152,7 +152,7 @@ class Quantizer(nn.Module):
         """
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=-1)  # [B, N, C], on the unit sphere
-            # Equation 1. `detach`: the choice of the nearest code is a jump, and a jump has no gradient.
+            # Equation 1. `detach`: the nearest code is constant until it jumps, so this choice has no useful gradient.
             ids = nearest_code(z.detach().flatten(0, 1), self.embedding.weight).view(z.shape[:2])  # [B, N]
             codes = self.embedding(ids)  # [B, N, C]
             if self.training:
@@ -169,7 +169,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def count(self, z: Tensor, ids: Tensor) -> None:
-        """Add what hit each code to `counts` and `sums`; if `revive_below` > 0, keep z as `latest`.
+        """Add the hits of each code to `counts`, their vectors to `sums`; if `revive_below` > 0, keep z as `latest`.
 
         z is l2(z), detached, [B, N, C]; ids [B, N]. The published code builds an N x K one-hot matrix instead.
         """
@@ -181,16 +181,16 @@ class Quantizer(nn.Module):
     def remember(self) -> None:
         """After each forward pass of a step: keep its vectors, among which `update` finds places for dead codes.
 
-        `count` does not append to the list itself, because it is a part of the compiled forward pass. Tensors that
-        change are no trouble there. But the length of a list is fixed in a compiled graph, so each micro-batch of a
-        step would have to be compiled anew.
+        `count` does not append to the list itself, because it is a part of the compiled forward pass. A tensor may
+        change there. But the length of a list is fixed in a compiled graph, so each micro-batch of a step would have
+        to be compiled anew.
         """
         if self.revive_below:
             self.seen.append(self.latest)
 
     @torch.no_grad()
     def update(self, seed: int) -> Tensor:
-        """Once per optimizer step, on all ranks together: move each code towards the mean of what hit it.
+        """Once per optimizer step, on all ranks together: move each code towards the mean of the vectors that hit it.
 
         w <- normalize(decay * w + (1 - decay) * normalize(mean)); codes without a hit stay where they are.
         Then codes whose running count fell below `revive_below` are put on random vectors of this batch; `seed`
@@ -253,7 +253,7 @@ def nearest_code(z: Tensor, codebook: Tensor, chunk: int = 16384) -> Tensor:
 class CodeUsage:
     """Counts the hits of each code over an epoch.
 
-    A codebook can collapse: a few codes take all hits. Then the tokenizer says the same of everything, and stage 2 has
+    A codebook can collapse: a few codes take all hits. Then nearly all patches have the same id, and stage 2 has
     nothing to learn, though its loss looks excellent. These figures show it.
     """
 
@@ -333,7 +333,7 @@ class VQKD(nn.Module):
         proj = self.decoder.patch_embed.proj
         proj.weight = nn.Parameter(proj.weight.detach().clone(memory_format=torch.channels_last))
         width, decoder_width = encoder["embed_dim"], decoder["embed_dim"]
-        # Two small networks change the width, from the encoder's to C and from the decoder's to the teacher's.
+        # Two small networks change the width: one from the encoder's to C, one from the decoder's to the teacher's.
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, codebook_dim))
         self.decode_task_layer = nn.Sequential(nn.Linear(decoder_width, decoder_width), nn.Tanh(),
                                                nn.Linear(decoder_width, teacher_dim))
@@ -354,7 +354,7 @@ class VQKD(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Images in [0,1], [B, 3, S, S] -> z, one vector per patch before quantization, float32 [B, N, C]."""
         features = self.encoder(images * 2 - 1)  # [B, N, width]; the published tokenizer was trained on [-1, 1]
-        with torch.autocast(images.device.type, enabled=False):  # fp32: a small error in z may choose another code
+        with torch.autocast(images.device.type, enabled=False):  # fp32: a small error in z may lead to another code
             return self.encode_task_layer(features.float())  # [B, N, C], from the encoder's width down to C
 
     @torch.no_grad()
@@ -408,8 +408,8 @@ def load_tokenizer(config, given: str, key: str) -> "tuple[VQKD | teacher_codes.
     given   path or URL; empty: OUTPUT_DIR/tokenizer/last.pt. `key` is the option that gives it
 
     Our checkpoints say what they hold, and that counts: `config.tokenizer` is set to it, and nobody has to repeat stage
-    1's options in stage 2. Published checkpoints do not say it; there the configuration must describe the model, but
-    for the decoder, which nobody needs any more.
+    1's options in stage 2. Published checkpoints do not say it; there the configuration must describe the model, except
+    for the decoder, which is no longer needed.
     """
     path = stage_checkpoint(config, "tokenizer", given, key)
     content = read_checkpoint(path)
@@ -449,8 +449,8 @@ def train(config) -> None:
     cfg = config.tokenizer
     run = Run("tokenizer", config, cfg)
 
-    # The images, and the frozen teacher. Crops may be small here (from 8 % of the image): then a patch shows an object
-    # from near, and the codes learn details. No colour jitter: the codes shall say what is there.
+    # The images, and the frozen teacher. Crops may be small here (from 8 % of the image): then a patch shows a detail,
+    # and there will be codes for details. No colour jitter: the codes are to say what is there.
     train_set, val_set = open_datasets(config.data)
     samples = TrainSamples(train_set, config.seed, config.data.image_size, cfg.crop_scale, views=config.data.views)
     teacher = open_teacher(config).to(run.device)
@@ -521,8 +521,8 @@ def start_from_first_batch(run: Run, model: VQKD, features_of: Callable[[dict], 
 
     `kmeans_init`: the codes are k-means of the encoder's vectors.
     `mean_start` (not in the published code): the decoder's output is the teacher's mean feature, and nothing else. The
-    first thing a random decoder learns is to predict this mean whatever the code, and the encoder helps by making all
-    codes alike. A long run recovers from that collapse. A short one ends in it, and its loss is that of the mean.
+    first thing a random decoder learns is to predict this mean whatever the code. Then the encoder gains nothing by
+    different codes, and gives all patches the same. A long run recovers from this collapse; a short one ends too early.
     """
     cfg, z, total = run.config.tokenizer, [], 0
     for batch in run.first_batches():
@@ -538,7 +538,7 @@ def start_from_first_batch(run: Run, model: VQKD, features_of: Callable[[dict], 
 
 
 def check_collapse(train_perplexity: float, epoch: int, cfg: TokenizerConfig) -> None:
-    """End a run whose codes have fallen together: whatever it would learn from here on is worth nothing."""
+    """UserError if nearly all patches have the same few codes: stage 2 could learn nothing from such a tokenizer."""
     fewest = max(0.02 * cfg.codebook_size, min(3, cfg.codebook_size / 2))
     if epoch + 1 >= cfg.warmup_epochs and train_perplexity < fewest:
         raise UserError(f"the codebook has collapsed: of {cfg.codebook_size} codes about {train_perplexity:.0f} are in "
@@ -558,9 +558,9 @@ def evaluate(run: Run, model: nn.Module, features_of: Callable[[dict], Tensor], 
 
     bag_knn is the one that says whether codes mean anything. An image becomes the bag of its ids, without their order,
     and k-NN guesses its class from the training images with the most similar bags. The loss may be low and all codes in
-    use even if they tell only brightness: then this share stays near chance. one_class is the share of the codes
-    in use whose patches lie, half of them or more, in images of one class. Labels serve only here: without classes both
-    figures are left out, without a `bank_loader` the first.
+    use even if they tell only brightness: then bag_knn stays near chance. one_class is the share of the codes in use of
+    which at least half of the patches lie in images of one class. Labels serve only here: without classes both figures
+    are left out, without a `bank_loader` only bag_knn.
 
     model         VQKD, or teacher_codes.TeacherTokenizer
     features_of   batch -> the teacher's features [B, N, teacher_dim]
@@ -611,7 +611,7 @@ def bag_of_ids(ids: Tensor, num_ids: int) -> Tensor:
 
 
 def open_bank(run: Run, train_set) -> ValLoader | None:
-    """Evenly chosen training images, cropped as for validation, that bag_knn compares with; None without bag_knn."""
+    """Evenly spaced training images, cropped as for validation, that bag_knn compares with; None without bag_knn."""
     if not run.config.tokenizer.knn_images or len(train_set.classes) < 2:
         return None
     images = min(run.config.tokenizer.knn_images, len(train_set))
