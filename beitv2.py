@@ -584,6 +584,11 @@ class MaskedImageModel(VisionTransformer):
             self.cls_pt_lm_head = nn.Linear(self.embed_dim, vocab_size)
             init_weights(self.cls_pt_lm_head, truncate_at=init_std, std=init_std)
 
+    @staticmethod
+    def vocab_size(state: dict[str, Tensor]) -> int:
+        """K of the model whose tensors these are, as its output layer tells it."""
+        return len(state["lm_head.weight"])
+
     def forward(self, images: Tensor, masked: Tensor) -> list[Tensor]:
         """Predict the ids of the masked patches: p(id | visible patches) = softmax of these logits (equation 3).
 

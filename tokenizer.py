@@ -143,6 +143,11 @@ class Quantizer(nn.Module):
         self.seen: list[Tensor] = []  # l2(z) [B, N, C] of each micro-batch since the last update, for dead codes
         self.latest: Tensor | None = None  # l2(z) [B, N, C] of the last micro-batch, for `remember`
 
+    @property
+    def vectors(self) -> Tensor:
+        """What each id stands for, float32 [number of ids, C]: here the codes."""
+        return self.embedding.weight
+
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Replace each vector by its nearest code. While training, also count the hits of each code.
 
@@ -344,7 +349,7 @@ class VQKD(nn.Module):
     @property
     def vectors(self) -> Tensor:
         """The codebook, float32 [K, C]."""
-        return self.quantize.embedding.weight
+        return self.quantize.vectors
 
     @property
     def num_ids(self) -> int:
@@ -459,7 +464,7 @@ def train(config) -> None:
     # processes if there are several. The optimizer does not move the codebook, which has no gradient.
     model = build_vqkd(config, teacher.output_dim).to(run.device)
     optimizer = make_optimizer(model, cfg)
-    usage = CodeUsage(cfg.codebook_size, run.device)
+    usage = CodeUsage(model.num_ids, run.device)
     example = torch.zeros(1, 3, *[config.data.image_size] * 2), torch.zeros(1, model.grid**2, teacher.output_dim)
     parallel = run.begin(samples, example=example, model=model, optimizer=optimizer, usage=usage)
     lr = run.cosine_schedule()
@@ -511,7 +516,7 @@ def train(config) -> None:
         in_use = usage.figures()
         usage.counts.zero_()
         val = evaluate(run, model, val_features_of, val_loader, bank_loader, len(val_set.classes))
-        check_collapse(in_use["perplexity"], epoch, cfg)  # before this epoch counts as done
+        check_collapse(in_use["perplexity"], model.num_ids, epoch, cfg.warmup_epochs)  # before the epoch counts as done
         run.end_epoch(epoch, val, train=in_use)
 
 
@@ -537,14 +542,13 @@ def start_from_first_batch(run: Run, model: VQKD, features_of: Callable[[dict], 
         output.bias.copy_(F.normalize(all_reduce_sum(total), dim=0))
 
 
-def check_collapse(train_perplexity: float, epoch: int, cfg: TokenizerConfig) -> None:
+def check_collapse(train_perplexity: float, num_ids: int, epoch: int, warmup_epochs: float) -> None:
     """UserError if nearly all patches have the same few codes: stage 2 could learn nothing from such a tokenizer."""
-    fewest = max(0.02 * cfg.codebook_size, min(3, cfg.codebook_size / 2))
-    if epoch + 1 >= cfg.warmup_epochs and train_perplexity < fewest:
-        raise UserError(f"the codebook has collapsed: of {cfg.codebook_size} codes about {train_perplexity:.0f} are in "
-                        f"use after epoch {epoch + 1}: start anew in another output_dir, with "
-                        f"tokenizer.revive_below=0.1, tokenizer.ema_decay=0.95, a lower tokenizer.lr or a longer "
-                        f"tokenizer.warmup_epochs")
+    fewest = max(0.02 * num_ids, min(3, num_ids / 2))
+    if epoch + 1 >= warmup_epochs and train_perplexity < fewest:
+        raise UserError(f"the codebook has collapsed: of {num_ids} codes about {train_perplexity:.0f} are in use after "
+                        f"epoch {epoch + 1}: start anew in another output_dir, with tokenizer.revive_below=0.1, "
+                        f"tokenizer.ema_decay=0.95, a lower tokenizer.lr or a longer tokenizer.warmup_epochs")
 
 
 # ----------------------------------------------------------------------------------------------------------------

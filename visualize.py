@@ -498,7 +498,7 @@ class Models:
         path = stage_checkpoint(self.config, "pretrain", given="", key="")
         content, config = read_model(path, "model", self.config.model), copy.copy(self.config)
         config.pretrain = restored(pretrain.PretrainConfig, content, "pretrain") or config.pretrain
-        model = pretrain.build_model(config, num_ids=len(model_state(content, str(path))["lm_head.weight"]))
+        model = pretrain.build_model(config, MaskedImageModel.vocab_size(model_state(content, str(path))))
         say(load_pretrained(model, content, source=str(path)))
         return model.eval()
 

@@ -37,7 +37,7 @@ class TeacherTokenizer(nn.Module):
     @property
     def vectors(self) -> Tensor:
         """The codebook, float32 [K, teacher_dim]."""
-        return self.quantize.embedding.weight
+        return self.quantize.vectors
 
     @property
     def num_ids(self) -> int:

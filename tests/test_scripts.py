@@ -690,6 +690,43 @@ def test_a_collapsed_tokenizer_is_no_finished_one(home, monkeypatch, capsys):
     assert "'last.pt' is unfinished" in capsys.readouterr().out
 
 
+class FinerQuantizer(tokenizer.Quantizer):
+    """A patch's id says also whether its vector begins with a positive number: K codes, and 2 K ids."""
+
+    @property
+    def vectors(self):
+        return self.embedding.weight.repeat_interleave(2, dim=0)
+
+    def forward(self, z):
+        codes, ids, loss = super().forward(z)
+        ids = 2 * ids + (z[..., 0] > 0).long()
+        self.counted = self.counted + ids.flatten().bincount(minlength=len(self.vectors)) if self.training else 0
+        return codes, ids, loss
+
+    def update(self, seed):
+        super().update(seed)
+        hits, self.counted = self.counted, 0
+        return hits
+
+    counted = 0
+
+
+@pytest.mark.parametrize("kind", ["vqkd", "teacher"])
+def test_ids_may_be_more_than_the_codes_of_one_codebook(home, kind, monkeypatch):
+    """Whoever gives the tokenizer another quantizer gets its ids in stage 1's figures, in stage 2 and on the page."""
+    monkeypatch.setattr(tokenizer, "Quantizer", FinerQuantizer)
+    given = "pretrain.tokenizer_weights=", *(TEACHER_CODES if kind == "teacher" else ())
+    folder = start("tokenizer", home, f"finer_{kind}", *given)
+    last = metrics(folder / "tokenizer")[-1]
+    used = [32 * last[part]["usage"] for part in ("train", "val") if part in last]
+    assert used == pytest.approx([round(number) for number in used]) and (kind == "teacher" or used[0] > 16)
+    start("pretrain", home, f"finer_{kind}", *given, "pretrain.epochs=1", "pretrain.warmup_epochs=0")
+    saved = torch.load(folder / "pretrain/last.pt", weights_only=True)["model"]
+    assert beitv2.MaskedImageModel.vocab_size(saved) == 32
+    page = start("visualize", home, f"finer_{kind}", *given, "visualize.decoder_steps=2", "visualize.images=7")
+    assert "of 32 codes occur" in (page / "report.html").read_text()
+
+
 # --- mistakes: one clear sentence each --------------------------------------------------------------------------
 
 

@@ -129,14 +129,13 @@ def test_usage_can_be_full_while_perplexity_shows_the_collapse():
 
 
 def test_a_collapse_ends_the_run_with_advice_but_not_during_warm_up():
-    cfg = vqkd.TokenizerConfig(codebook_size=1024, warmup_epochs=2)
-    vqkd.check_collapse(7.0, epoch=0, cfg=cfg)
-    vqkd.check_collapse(500.0, epoch=5, cfg=cfg)
+    vqkd.check_collapse(7.0, 1024, epoch=0, warmup_epochs=2)
+    vqkd.check_collapse(500.0, 1024, epoch=5, warmup_epochs=2)
     with pytest.raises(UserError, match="about 7 are in use.*revive_below=0.1"):
-        vqkd.check_collapse(7.0, epoch=1, cfg=cfg)
+        vqkd.check_collapse(7.0, 1024, epoch=1, warmup_epochs=2)
     with pytest.raises(UserError, match="of 64 codes about 2 are in use"):
-        vqkd.check_collapse(2.1, epoch=1, cfg=vqkd.TokenizerConfig(codebook_size=64, warmup_epochs=0))
-    vqkd.check_collapse(1.9, epoch=1, cfg=vqkd.TokenizerConfig(codebook_size=2, warmup_epochs=0))  # all of them
+        vqkd.check_collapse(2.1, 64, epoch=1, warmup_epochs=0)
+    vqkd.check_collapse(1.9, 2, epoch=1, warmup_epochs=0)  # all of them
 
 
 def test_a_mean_start_gives_the_mean_of_the_teacher_whatever_the_code():
