@@ -40,6 +40,7 @@ from torch import nn
 from beitv2 import MaskedImageModel, ModelConfig, ModelError, dimensions, masked_positions, score
 from data import DataConfig, TrainSamples, check_num_masked, jittered, normalize
 from finetune import knn_pulse
+from support.cls_swap import masked_accuracy
 from support.datasets import open_datasets
 from support.epoch_picture import paint_epoch
 from support.errors import UserError
@@ -71,7 +72,7 @@ class PretrainConfig(TrainConfig):
     shared_lm_head: bool = True  # both predictions through the same norm and output layer; false: two of each
     crop_scale: tuple[Share, Share] = (0.2, 1.0)  # area of the random crop over that of the image
     jitter: Amount = 0.4  # strength of the colour jitter
-    knn_every: Natural = 10  # a k-NN measurement after so many epochs, and after the last; 0: never
+    knn_every: Natural = 10  # k-NN and what [CLS] tells the head, after so many epochs and the last; 0: never
     knn_images: Count = 20000  # training images that the k-NN compares with, evenly spaced
 
     def check(self, config) -> None:
@@ -178,14 +179,19 @@ def build_model(config, num_ids: int) -> MaskedImageModel:
 
 
 def measure(run: Run, model: MaskedImageModel, tokenizer: nn.Module, train_set, val_set, epoch: int) -> dict:
-    """After an epoch: a small picture, and every `knn_every` epochs k-NN. Loss and accuracy tell how well ids are
-    predicted, but not whether the features are useful; k-NN tells that."""
+    """After an epoch: a small picture, and every `knn_every` epochs figures of validation images.
+
+    Loss and accuracy tell how well ids are predicted, and accuracy with a foreign [CLS] what the head takes from [CLS]
+    (support/cls_swap.py). None of them tells whether the features are useful; k-NN tells that."""
     cfg = run.config.pretrain
     paint_epoch(run, model, tokenizer, val_set, epoch)
     last = epoch + 1 == cfg.epochs
-    if cfg.knn_every and len(train_set.classes) > 1 and ((epoch + 1) % cfg.knn_every == 0 or last):
-        return knn_pulse(run, model, train_set, val_set, cfg.knn_images)
-    return {}
+    if not cfg.knn_every or not ((epoch + 1) % cfg.knn_every == 0 or last):
+        return {}
+    figures = masked_accuracy(run, model, tokenizer, val_set)
+    if len(train_set.classes) > 1:
+        figures |= knn_pulse(run, model, train_set, val_set, cfg.knn_images)
+    return figures
 
 
 if __name__ == "__main__":

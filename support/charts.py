@@ -107,7 +107,9 @@ CHARTS = (
     ("Loss of epochs", "loss", "epoch", "(val )?(cosine_)?loss"),
     ("Accuracy", "share of 1", "step", "(.+_)?accuracy"),
     # What is measured on validation images is a share of 1, but for what the other charts show.
-    ("Accuracy of epochs", "share of 1", "epoch", "(.+_)?accuracy|val (?!.*(loss|perplexity|usage|_lr)$).+"),
+    ("Hidden codes named rightly", "share of 1", "epoch", "val (mim|cls)_accuracy.*"),
+    ("Accuracy of epochs", "share of 1", "epoch",
+     "(?!val (mim|cls)_)(.+_)?accuracy|val (?!(mim|cls)_|.*(loss|perplexity|usage|_lr)$).+"),
     ("Codes in use", "perplexity (codes)", "epoch", "(val |batch_)?perplexity"),
     ("Codebook usage", "share of 1", "epoch", "(val )?usage"),
     ("Learning rate", "highest of all groups", "step", "lr"),

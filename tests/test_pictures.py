@@ -104,7 +104,8 @@ def test_each_figure_is_in_the_chart_of_its_kind(tmp_path):
     """Whatever its pooling is called; learning rates of the probe, and figures that images without labels lack, in none."""
     lines = [{"epoch": 0, "step": 1, "loss": 2.0, "mim_loss": 1.0, "commitment_loss": 5.0, "mim_accuracy": 0.5},
              {"epoch": 0, "step": 1, "train": {"loss": 1.5}, "val": {"knn_both": 0.3, "both": 0.4, "both_lr": 3.0,
-              "perplexity": 60.0, "usage": 1.0, "cosine_loss": 0.8, "top1": None, "bag_knn": 0.2}}]
+              "perplexity": 60.0, "usage": 1.0, "cosine_loss": 0.8, "top1": None, "bag_knn": 0.2,
+              "mim_accuracy": 0.1, "cls_accuracy": 0.3, "cls_accuracy_swapped": 0.2}}]
     (tmp_path / "a/some").mkdir(parents=True)
     (tmp_path / "a/some/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (stage, content), = curves_of([tmp_path / "a"])
@@ -112,6 +113,7 @@ def test_each_figure_is_in_the_chart_of_its_kind(tmp_path):
              for chart in content.split('<div class="chart">')[1:]}
     assert stage == "some" and found == {
         "Loss": ["loss", "mim_loss"], "Loss of epochs": ["loss", "val cosine_loss"], "Accuracy": ["mim_accuracy"],
+        "Hidden codes named rightly": ["val mim_accuracy", "val cls_accuracy", "val cls_accuracy_swapped"],
         "Accuracy of epochs": ["val knn_both", "val both", "val bag_knn"], "Codes in use": ["val perplexity"],
         "Codebook usage": ["val usage"]}
 

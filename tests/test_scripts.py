@@ -332,7 +332,7 @@ def test_kmeans_codes_of_the_teacher(home, two_ranks, monkeypatch):
     look = HOG.forward
     monkeypatch.setattr(HOG, "forward", lambda hog, images: asked.append(len(images)) or look(hog, images))
     start("pretrain", home, "teacher", *TEACHER_CODES, "pretrain.tokenizer_weights=")
-    assert sum(asked) == 2 * 4, "only for the picture of each epoch, never for training crops"
+    assert sum(asked) == 2 * (4 + 7), "after an epoch: its picture and its hits; never for training crops"
     assert two_ranks.get("teacher") == "done" and two_ranks.get("teacher_pretrain") == "done"
     assert_same_run(one / "tokenizer", two / "tokenizer")
     assert_same_run(one / "pretrain", two / "pretrain")
@@ -672,10 +672,24 @@ def test_a_training_image_that_cannot_be_read_ends_no_run(home, capfd):
     (home / "broken/train/cat/7.png").write_bytes(b"no picture")
     given = "data.dataset=imagefolder", f"data.root={home}/broken"
     folder = start("pretrain", home, "broken_run", *given, "pretrain.batch_size=16", "pretrain.epochs=3") / "pretrain"
-    assert metrics(folder)[-1]["val"].keys() == {"knn_cls", "knn_mean"}
+    hits = {"mim_accuracy", "cls_accuracy", "cls_accuracy_swapped", "cls_accuracy_mean"}
+    assert metrics(folder)[-1]["val"].keys() == {"knn_cls", "knn_mean", *hits}
     assert "cat/7.png' cannot be read" in capfd.readouterr().err
     (home / "broken/val/cat/1.png").write_bytes(b"no picture")
     assert "val/cat/1.png' cannot be read" in refusal("pretrain", home, "broken_val", *given)
+
+
+def test_images_without_labels_have_hits_and_no_knn(home):
+    """One of 101 validation images cannot be read, and is left out."""
+    for split in ("train", "val"):
+        picture(home / "plain", split, ".", 101)
+    (home / "plain/val/7.png").write_bytes(b"no picture")
+    given = "data.dataset=imagefolder", f"data.root={home}/plain", "pretrain.epochs=1"
+    folder = start("pretrain", home, "plain_run", *given) / "pretrain"
+    figures = metrics(folder)[-1]["val"]
+    assert figures.keys() == {"mim_accuracy", "cls_accuracy", "cls_accuracy_swapped", "cls_accuracy_mean"}
+    for share in figures.values():  # of 6 hidden patches in 100 images
+        assert 0 <= share <= 1 and abs(600 * share - round(600 * share)) < 1e-3
 
 
 def test_a_collapsed_tokenizer_is_no_finished_one(home, monkeypatch, capsys):
