@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import functools
 import html
-import itertools
 import math
 import sys
 from dataclasses import dataclass, field
@@ -31,21 +30,24 @@ import segment
 import tokenizer as vqkd
 from beitv2 import (Classifier, MaskedImageModel, ModelConfig, ModelError, VisionTransformer, load_pretrained,
                     model_state, read_model, score, take)
-from support.charts import curves_of, scatter_chart
+from support.charts import bar_chart, curves_of, scatter_chart
+from support.cls_swap import another_image, hits_by_cls
 from support.compare import compare
-from support.datasets import open_datasets
+from support.datasets import PARTS, Shapes, open_datasets, parts_of_patches
 from support.errors import UserError
 from support.figures import results
 from support.files import stage_checkpoint
 from support.launch import launch
-from support.loaders import TrainLoader, ValLoader
+from support.loaders import ValLoader
 from support.options import Count, Natural, load_config
 from support.page import cells, missing, page, table
+from support.pixel_decoder import PixelDecoder, train_pixel_decoder
 from support.pictures import enlarge, framed, heat_map, mask_picture, patch_with_context, pixels, token_map
 from support.processes import say, setup_distributed
 from support.teacher_codes import TeacherTokenizer
-from support.teachers import Teacher, open_teacher
+from support.teachers import HOG, Teacher, open_teacher
 from support.use import open_trained, restored
+from support.words import code_colours, examples_of, mean_patch, most_frequent, nearest_codes, purity
 
 
 @dataclass
@@ -79,6 +81,7 @@ class Seen:
     labels: Tensor  # int64 [n]; without meaning where there are no classes
     names: list[str]
     classes: list[str]  # [] for images without labels
+    parts: Tensor | None = None  # of drawn shapes, which of PARTS each patch shows, int64 [n, grid, grid]
 
     def caption(self, i: int) -> str:
         """What is known of an image: its class, or else its file."""
@@ -94,8 +97,12 @@ def look(config) -> Seen:
     whole = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
     if "readable" in whole:  # of images without labels
         whole = {key: values[whole["readable"]] for key, values in whole.items()}
-    names = [val_set.name(i) for i in whole["index"].tolist()]
-    return Seen(whole["image"], whole["label"], names, list(val_set.classes))
+    indices, parts, size = whole["index"].tolist(), None, config.data.image_size
+    if isinstance(val_set, Shapes):
+        drawn = (torch.from_numpy(255 * val_set.segmentation(i).clip(0, 1))[None] for i in indices)
+        shape = torch.cat([data.centre_crop(mask, size) for mask in drawn]) > 127
+        parts = parts_of_patches(shape, size // config.model.patch_size)
+    return Seen(whole["image"], whole["label"], [val_set.name(i) for i in indices], list(val_set.classes), parts)
 
 
 @torch.no_grad()
@@ -121,43 +128,16 @@ def choose_codes(ids: Tensor, cfg: VisualizeConfig, num_ids: int) -> list[int]:
     return used[order[:cfg.num_codes]].tolist()
 
 
-def examples_of(ids: Tensor, code: int, count: int) -> list[tuple[int, int, int]]:
-    """Up to `count` patches (image, row, column) with this code: from as many images as possible, evenly chosen."""
-    places = (ids == code).nonzero()  # in the order of images
-    new = torch.ones(len(places), dtype=torch.bool)  # the first in its image
-    new[1:] = places[1:, 0] != places[:-1, 0]
-    first = new.nonzero().flatten().tolist()
-    order = first if len(first) >= count else first + sorted(set(range(len(places))) - set(first))
-    chosen = torch.linspace(0, len(order) - 1, min(count, len(order))).long().tolist() if len(first) >= count else \
-        range(min(count, len(order)))
-    return [tuple(places[order[i]].tolist()) for i in chosen]
+@torch.no_grad()
+def clustered(features_of: nn.Module, images: Tensor, num_ids: int) -> Tensor:
+    """K-means of a teacher's features with K = `num_ids`: uint8 images [n, 3, S, S] -> id of each patch, int64 [n * N].
 
-
-def class_shares(ids: Tensor, labels: Tensor, code: int, num_classes: int) -> Tensor:
-    """Of the patches with this code, the share that lies in images of each class: float32 [classes]."""
-    counts = torch.zeros(num_classes).index_add_(0, labels, (ids == code).flatten(1).sum(dim=1).float())
-    return counts / counts.sum().clamp(min=1)
-
-
-def nearest_codes(codebook: Tensor, code: int, count: int) -> list[tuple[int, float]]:
-    """The `count` other codes of a codebook [K, width] with the highest cosine to this one, [(id, cosine), ...]."""
-    codebook = F.normalize(codebook, dim=1)
-    cosine = codebook @ codebook[code]
-    cosine[code] = -2
-    values, indices = cosine.topk(min(count, len(codebook) - 1))
-    return list(zip(indices.tolist(), values.tolist()))
-
-
-def code_colours(codebook: Tensor) -> np.ndarray:
-    """A colour for each code, uint8 [K, 3], always the same for the same codebook: similar codes look similar.
-
-    The three main directions of the codebook become red, green and blue, each by rank, so that all values occur.
+    The means are those of these same patches, which favours them a little over codes that were learned from others.
     """
-    centred = (codebook - codebook.mean(dim=0)).double()
-    directions = torch.linalg.svd(centred, full_matrices=False).Vh[:3]
-    directions = directions * directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()
-    ranks = (centred @ directions.T).argsort(dim=0).argsort(dim=0)  # [K, 3]
-    return (30 + 210 * ranks / max(1, len(codebook) - 1)).round().byte().numpy()
+    features = torch.cat([features_of(data.to_unit(part)) for part in images.split(64)]).flatten(0, 1).float()
+    codes = vqkd.Quantizer(num_ids, features.shape[1])
+    codes.init_from(features, seed=0)
+    return vqkd.nearest_code(F.normalize(features, dim=1), codes.embedding.weight)
 
 
 @dataclass
@@ -172,9 +152,8 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict_masked(model: MaskedImageModel, images: Tensor, ids: Tensor, config) -> Predictions:
-    """Mask uint8 images [B, 3, S, S], whose ids are [B, grid, grid], as in pre-training, and ask what is hidden."""
-    masked = data.fixed_masks(len(images), model.grid, config.pretrain)
+def predict_masked(model: MaskedImageModel, images: Tensor, ids: Tensor, masked: Tensor) -> Predictions:
+    """Mask uint8 images [B, 3, S, S], whose ids are [B, grid, grid], at the positions [B, M]; ask what is hidden."""
     said = Predictions(masked, take(ids.flatten(1), masked), {}, {}, {})
     for name, logits in zip(model.prediction_names, model(data.normalize(data.to_unit(images)), masked),
                             strict=True):
@@ -198,51 +177,6 @@ def attention_maps(model: VisionTransformer, images: Tensor, layer: int) -> Tens
     q, k, _ = attention.queries_keys_values(x)
     logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     return (logits if position_bias is None else logits + position_bias).softmax(dim=-1)
-
-
-class PixelDecoder(nn.Module):
-    """Codes back to pixels: a few convolutions on the grid of codes.
-
-    ids [B, grid, grid] -> images [B, 3, S, S] in [0,1]
-    """
-
-    def __init__(self, codebook: Tensor, patch_size: int, width: int = 192):
-        super().__init__()
-        self.codes = nn.Embedding.from_pretrained(codebook.detach().float())  # frozen
-        self.layers = nn.Sequential(
-            nn.Conv2d(codebook.shape[1], width, 3, padding=1), nn.GELU(),
-            nn.Conv2d(width, width, 3, padding=1), nn.GELU(),
-            nn.Conv2d(width, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, 3 * patch_size**2, 1),
-            nn.PixelShuffle(patch_size))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.layers(self.codes(ids).permute(0, 3, 1, 2)).sigmoid()
-
-
-@torch.enable_grad()
-def train_pixel_decoder(tokenizer: vqkd.VQKD | TeacherTokenizer, samples: data.TrainSamples, steps: int,
-                        device: torch.device, workers: int = 0) -> PixelDecoder:
-    """Train a decoder on training crops, whose codes the frozen tokenizer gives, by the mean absolute error."""
-    decoder = PixelDecoder(tokenizer.vectors, samples.size // tokenizer.grid).to(device)
-    optimizer = torch.optim.AdamW(decoder.layers.parameters(), lr=2e-3)
-    loader = TrainLoader(samples, min(32, len(samples)), seed=0, workers=workers)
-    batches = loader.stream(0, loader.batches_per_epoch)
-    for step, batch in enumerate(itertools.islice(batches, steps)):
-        images = data.to_unit(batch["image"].to(device))
-        ids = tokenizer.token_ids(images).view(-1, tokenizer.grid, tokenizer.grid)
-        loss = F.l1_loss(decoder(ids), images)
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * (1 - step / steps)
-        optimizer.step()
-        optimizer.zero_grad()
-    return decoder.eval()
-
-
-def mean_patch(images: Tensor, ids: Tensor, code: int, patch_size: int) -> Tensor:
-    """The mean of all patches with this code: uint8 images [n, 3, S, S] -> float32 [3, P, P], 0 to 255."""
-    patches = images.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)  # [n, 3, grid, grid, P, P]
-    return patches.permute(0, 2, 3, 1, 4, 5)[ids == code].float().mean(dim=0)
 
 
 def principal_components(features: Tensor) -> Tensor:
@@ -291,7 +225,8 @@ def way_section(config, seen, models) -> str:
     chosen = shown_images(config, seen)
     images, ids, colours = seen.images[chosen], models.ids[chosen], code_colours(models.vectors)
     try:
-        said, note = predict_masked(models.pretrained, images, ids, config), ""
+        masked = data.fixed_masks(len(seen.images), ids.shape[1], config.pretrain)[chosen]
+        said, note = predict_masked(models.pretrained, images, ids, masked), ""
     except (UserError, ModelError) as error:
         said, note = None, missing(f"Left out: masks and predictions, because {error}")
     rows = []
@@ -307,8 +242,9 @@ def way_section(config, seen, models) -> str:
     if said:
         strips = [belief(seen, models.ids, chosen[0], said, name, m)
                   for m in range(min(3, said.masked.shape[1])) for name in said.top]
-        note = ("<h3>What is hidden, and the five likeliest codes of each prediction</h3>"
-                f'<div class="columns">{"".join(strips)}</div>')
+        note = ("<h3>What is hidden, and the five likeliest codes of each prediction</h3><p>First the hidden patch, "
+                "framed, and its code. Then the five likeliest codes with their probabilities, each shown by a patch "
+                f'of another image; a tick marks the right one.</p><div class="columns">{"".join(strips)}</div>')
     others = [f"<div>{cells(row, smallest=90)}</div>" for row in rows[1:]]
     return (f"<p>{html.escape(seen.names[chosen[0]])}</p>{cells(rows[0])}{note}{classified(seen, models, chosen[0])}"
             f'<h3>Other images</h3><div class="columns">{"".join(others)}</div>')
@@ -359,22 +295,89 @@ def words_section(config, seen, models) -> str:
         if not places:
             parts.append(f"<p>Code {code} does not occur in these images.</p>")
             continue
-        text = f": {int(counts[code])} patches ({100 * counts[code] / counts.sum():.1f} %)"
-        if seen.classes:
-            shares = class_shares(ids, seen.labels, code, len(seen.classes))
-            text += "; in images of " + ", ".join(f"{seen.classes[k]} {100 * shares[k]:.0f} %" for k in
-                                                  shares.argsort(descending=True)[:3].tolist() if shares[k] > 0)
-        text += "; nearest codes " + ", ".join(f"{other} ({cosine:.2f})"
-                                               for other, cosine in nearest_codes(codebook, code, 3))
+        near = ", ".join(f"{other} ({cosine:.2f})" for other, cosine in nearest_codes(codebook, code, 3))
+        about = (f"{int(counts[code])} patches ({100 * counts[code] / counts.sum():.1f} %); nearest codes by cosine "
+                 f"{near}")
         pictures = [(patch_with_context(seen.images[i], y, x, size, fine(4 * size)), "") for i, y, x in places]
         pictures.append((pixels(mean_patch(seen.images, ids, code, size).byte()), "mean"))
-        parts.append(f"<div><p><b>code {code}</b>{html.escape(text)}</p>"
+        parts.append(f"<div><p><b>code {code}:</b> {html.escape(kinds_of_code(seen, ids, code))}<br><small>{about}"
+                     f"</small></p>"
                      f"{cells(pictures, smallest=50, alternative=f'a patch of code {code}')}</div>")
     note = "" if seen.classes else missing(NO_LABELS)
     return (f"<p>{int((counts > 0).sum())} of {len(codebook)} codes occur in {len(seen.images)} validation images; "
             f"perplexity {vqkd.perplexity(counts.double()):.0f}. Framed is the patch itself; the last picture is the "
-            f"mean of all patches of the code.</p>{note}"
+            f"mean of all patches of the code.</p>{note}{purity_table(config, seen, models)}"
             f'<div class="columns">{"".join(parts)}</div>')
+
+
+def kinds_of_code(seen: Seen, ids: Tensor, code: int) -> str:
+    """What is known of the patches of a code: their parts and shapes, or the classes of their images."""
+    if not seen.classes:
+        return ""
+    labels, here = seen.labels[:, None, None].expand_as(ids), ids == code
+    if seen.parts is None:
+        return f"in images of {most_frequent(labels[here], seen.classes)}"
+    shapes = most_frequent(labels[here & (seen.parts > 0)], seen.classes)
+    return f"{most_frequent(seen.parts[here], PARTS)}{f'; shapes: {shapes}' if shapes else ''}"
+
+
+def purity_table(config, seen: Seen, models: "Models") -> str:
+    """For drawn shapes: how well codes tell shapes and parts apart, beside k-means of features."""
+    if seen.parts is None:
+        return ""
+    rivals, note = {"k-means of HOG features": lambda: HOG(config.model.patch_size)}, ""
+    if config.tokenizer.teacher != "hog":
+        rivals["k-means of the teacher's features"] = lambda: open_teacher(config)
+    codes = {"the tokenizer's codes": models.ids.flatten()}
+    for name, open_features in rivals.items():
+        try:
+            codes[name] = clustered(open_features(), seen.images, len(models.vectors))
+        except (UserError, ModelError) as error:
+            note += missing(f"Left out: {name}, because {error}")
+    parts, shapes = seen.parts.flatten(), seen.labels[:, None, None].expand_as(seen.parts).flatten()
+    rows = [("purity by", "shape", "by chance", "part", "by chance")]
+    for name, ids in codes.items():
+        figures = *purity(ids[parts > 0], shapes[parts > 0]), *purity(ids, parts)
+        rows.append((name, *(f"{100 * figure:.1f} %" for figure in figures)))
+    return (f"{table(rows)}<p>Purity is the share of patches that are of the most frequent kind of their code: 100 % "
+            f"if each code means one kind. The drawing program knows which shape a patch shows (patches of background "
+            f"do not count here) and which part of it: {', '.join(PARTS)}; a tip and a narrow part are corners too. "
+            f"Many codes raise purity, so compare it with chance: the same codes, dealt out to patches at random. "
+            f"K-means has as many codes, and was made of these same patches, which favours it a little.</p>{note}")
+
+
+@torch.no_grad()
+def cls_section(config, seen, models) -> str:
+    """The aggregation head names the hidden codes from [CLS] and early patches. Here it gets the image's own [CLS],
+    that of another image, or the mean of all. What to see: whether it loses hits. The method predicts it (section 2.3),
+    because what the last blocks know of the image reaches the head through [CLS] alone. Where the three are alike,
+    [CLS] has told the head nothing yet: early patches were enough."""
+    model = models.pretrained
+    if not model.head_layers:
+        raise UserError("this model was pre-trained without an aggregation head (pretrain.head_layers=0), which alone "
+                        "reads [CLS]")
+    masked = data.fixed_masks(len(seen.images), model.grid, config.pretrain)
+    batches = list(zip(seen.images.split(64), masked.split(64), take(models.ids.flatten(1), masked).split(64)))
+    hits = hits_by_cls(model, batches, torch.ones(len(masked), dtype=torch.bool))
+    own, foreign = hits["cls_accuracy"], hits["cls_accuracy_swapped"]
+    shares = {title: hits[name].float().mean().item() for title, name in (
+        ("own [CLS]", "cls_accuracy"), ("another image's [CLS]", "cls_accuracy_swapped"),
+        ("mean [CLS]", "cls_accuracy_mean"))}
+    lost = 100 * (own.float() - foreign.float()).mean(dim=1)  # of each image, in points
+    rows, givers = [], another_image(len(masked)).tolist()
+    for i in shown_images(config, seen):
+        painted = [mask_picture(seen.images[i], masked[i], hit[i], model.grid, fine(seen.images.shape[-1]))
+                   for hit in (own, foreign)]
+        rows.append([(pixels(seen.images[i]), seen.caption(i)),
+                     (painted[0], f"its own [CLS]: {int(own[i].sum())} right"),
+                     (pixels(seen.images[givers[i]]), f"another image: {seen.caption(givers[i])}"),
+                     (painted[1], f"with its [CLS]: {int(foreign[i].sum())} right")])
+    pairs = "".join(f"<div>{cells(row, smallest=90)}</div>" for row in rows)
+    return (f"{bar_chart('Hidden codes that the head names rightly', shares)}"
+            f"<p>Of {masked.numel()} hidden patches of {len(masked)} images. Own less foreign: {lost.mean():.2f} ± "
+            f"{lost.std() / len(lost)**0.5:.2f} points (standard error over images). The backbone names "
+            f"{100 * hits['mim_accuracy'].float().mean():.1f} %.</p><h3>The same hidden patches with the image's own "
+            f'[CLS] and with a foreign one</h3><div class="columns">{pairs}</div>')
 
 
 @torch.no_grad()
@@ -517,9 +520,10 @@ class Models:
         return teacher
 
 
-TITLES = (("Results", results_section), ("One image through the three stages", way_section), ("Codebook words",
-          words_section), ("Pixels from codes", pixels_section), ("Attention", attention_section), ("Neighbours",
-          neighbours_section), ("Curves", curves_section))
+TITLES = (("Results", results_section), ("One image through the three stages", way_section),
+          ("Codebook words", words_section), ("Pixels from codes", pixels_section),
+          ("What [CLS] tells the head", cls_section), ("Attention", attention_section),
+          ("Neighbours", neighbours_section), ("Curves", curves_section))
 
 
 def report(config) -> Path:

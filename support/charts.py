@@ -80,6 +80,19 @@ def line_chart(title: str, series: dict[str, list[tuple[float, float]]], x_label
     return f'<div class="chart">{opening}{"".join(parts)}</svg>{legend(entries)}</div>'
 
 
+def bar_chart(title: str, bars: dict[str, float]) -> str:
+    """Shares {name: 0 to 1} as horizontal bars with their percentage, SVG. The longest one fills the width."""
+    longest, parts = max(*bars.values(), 1e-9), []
+    for i, (name, value) in enumerate(bars.items()):
+        top, length = 34 + 30 * i, 230 * value / longest
+        parts.append(f'<text x="172" y="{top + 15}" text-anchor="end">{html.escape(name)}</text>'
+                     f'<rect x="180" y="{top}" width="{length:.1f}" height="20" fill="{COLOURS[i % len(COLOURS)]}"/>'
+                     f'<text x="{length + 186:.1f}" y="{top + 15}">{100 * value:.1f} %</text>')
+    return (f'<div class="chart wide"><svg viewBox="0 0 480 {34 + 30 * len(bars)}" role="img" '
+            f'aria-label="{html.escape(title)}"><text x="0" y="18" class="title">{html.escape(title)}</text>'
+            f'{"".join(parts)}</svg></div>')
+
+
 MARKS = ('<circle cx="{0:.1f}" cy="{1:.1f}" r="3.2" {2}/>', '<path d="M{0:.1f} {1:.1f}m-3 3h6l-3-6z" {2}/>',
          '<path d="M{0:.1f} {1:.1f}m-2.8-2.8h5.6v5.6h-5.6z" {2}/>', '<path d="M{0:.1f} {1:.1f}m-3 0h6m-3-3v6" {2}/>')
 

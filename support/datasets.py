@@ -528,6 +528,32 @@ class Shapes:
         return field[..., None] * tint
 
 
+# What a patch can show of a shape, for the page: do codes say it?
+PARTS = ("background", "inside", "edge", "corner")
+
+
+def parts_of_patches(shape: Tensor, grid: int) -> Tensor:
+    """Which of PARTS each patch shows, int64 [n, grid, grid], where bool [n, S, S] says which pixels are the shape.
+
+    A patch is background or inside if all its pixels but 2 % are. In any other one the border passes. A straight line
+    is laid across the way from the middle of the background to the middle of the shape, with as many pixels on either
+    side as they have. If it parts them with up to 5 % of the pixels on the wrong side, the patch shows an edge. Else it
+    shows a corner: a tip, a bend, or both sides of a narrow part.
+    """
+    side = shape.shape[1] // grid
+    patches = shape.unfold(1, side, side).unfold(2, side, side).reshape(-1, side**2).double()  # [n * N, P * P]
+    covered = patches.sum(dim=1, keepdim=True)
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).double()
+    middles = patches @ places / covered, (1 - patches) @ places / (side**2 - covered)
+    along = (middles[0] - middles[1]) @ places.T  # how far each pixel lies towards the shape
+    rank = along.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    wrong = ((rank < covered) != patches.bool()).double().mean(dim=1)
+    share = covered[:, 0] / side**2
+    background, inside, edge = share <= 0.02, share >= 0.98, wrong <= 0.05
+    parts = torch.where(background, 0, torch.where(inside, 1, torch.where(edge, 2, 3)))
+    return parts.view(-1, grid, grid)
+
+
 def luminance(colour) -> float:
     return float(np.dot(colour, (0.299, 0.587, 0.114)))
 

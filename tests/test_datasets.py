@@ -12,8 +12,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resized_crop, to
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
-from support.datasets import (NAMED, open_classes, open_dataset, open_datasets, open_files, open_folder,  # noqa: E402
-                              read_image, require_labels, to_rgb)
+from support.datasets import (NAMED, PARTS, open_classes, open_dataset, open_datasets, open_files,  # noqa: E402
+                              open_folder, parts_of_patches, read_image, require_labels, to_rgb)
 from support.errors import UserError  # noqa: E402
 from test_data import folder, shapes  # noqa: E402
 
@@ -391,3 +391,25 @@ def test_a_linear_model_on_pixels_fails_on_shapes():
         weights = x.T @ torch.linalg.solve(kernel + ridge * torch.eye(len(x)), target)
         accuracies.append(float(((x_val @ weights).argmax(1) == y_val).float().mean()))
     assert max(accuracies) < 0.4, accuracies
+
+
+def half_plane(angle: float, offset: float, side: int = 12) -> torch.Tensor:
+    """bool [side, side]: the pixels beyond a line that passes the middle at this distance."""
+    y, x = torch.meshgrid(*[torch.arange(side) - (side - 1) / 2] * 2, indexing="ij")
+    return x * np.cos(angle) + y * np.sin(angle) > offset
+
+
+def test_parts_of_patches():
+    """A straight border at any angle is an edge, the corner of a square in the middle of a patch is a corner, and so is
+    a narrow bar; a few pixels change neither background nor inside."""
+    for angle in np.linspace(0, 2 * np.pi, 24, endpoint=False):
+        for offset in (-4, 0, 4):
+            assert parts_of_patches(half_plane(angle, offset)[None], 1) == PARTS.index("edge"), (angle, offset)
+        corner = half_plane(angle, 0) & half_plane(angle + np.pi / 2, 0)
+        bar = half_plane(angle, -2) & ~half_plane(angle, 2)
+        for shape in (corner, ~corner, bar):
+            assert parts_of_patches(shape[None], 1) == PARTS.index("corner"), angle
+    speck = torch.zeros(12, 12, dtype=torch.bool)
+    speck[3, 3:5] = True
+    grid = torch.cat([torch.cat([speck, ~speck], dim=1), torch.cat([~speck, half_plane(1, 0)], dim=1)])
+    assert parts_of_patches(torch.stack([grid, ~grid]), 2).tolist() == [[[0, 1], [1, 2]], [[1, 0], [0, 2]]]

@@ -12,7 +12,7 @@ import torch
 
 CODE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CODE))
-from support.charts import curves_of, line_chart, read_curves, scatter_chart, ticks  # noqa: E402
+from support.charts import bar_chart, curves_of, line_chart, read_curves, scatter_chart, ticks  # noqa: E402
 from support.page import cells, page  # noqa: E402
 from support.pictures import HIT, MISS, heat_map, mask_picture, patch_with_context  # noqa: E402
 
@@ -80,6 +80,14 @@ def test_a_chart_puts_points_where_its_ticks_say():
     drawn = [tuple(map(float, place.split())) for place in path.split(" L")]
     read_back = [(read(x_ticks, x), read(y_ticks, y)) for x, y in drawn]
     assert np.allclose(read_back, points, atol=0.3)
+
+
+def test_bars_are_as_long_as_their_shares():
+    chart = bar_chart("a & b", {"<own>": 0.4, "other": 0.1, "none": 0.0})
+    lengths = [float(width) for width in re.findall(r'width="([\d.]+)" height="20"', chart)]
+    assert lengths[0] > 100 and np.allclose(lengths, [lengths[0], lengths[0] / 4, 0], atol=0.1)
+    assert "40.0 %" in chart and "&lt;own&gt;" in chart and "a &amp; b" in chart and "<own>" not in chart
+    assert 'width="0.0"' in bar_chart("t", {"none": 0.0})
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0.00001, 0.0015), (2.3, 2.31), (0, 0), (-5, 1200)])

@@ -1,7 +1,8 @@
 """What the page says: which patch has which code, which token attends to which."""
 
 import dataclasses
-import math
+import html
+import re
 import sys
 import types
 from pathlib import Path
@@ -16,10 +17,12 @@ import data  # noqa: E402
 import pretrain  # noqa: E402
 import tokenizer as vqkd  # noqa: E402
 import visualize  # noqa: E402
-from beitv2 import Classifier, MaskedImageModel, VisionTransformer  # noqa: E402
+from beitv2 import Classifier, MaskedImageModel, VisionTransformer, take  # noqa: E402
+from support.cls_swap import another_image, hits_by_cls  # noqa: E402
 from support.datasets import Shapes  # noqa: E402
 from support.errors import UserError  # noqa: E402
-from support.pictures import token_map  # noqa: E402
+from support.pixel_decoder import train_pixel_decoder  # noqa: E402
+from support.words import most_frequent  # noqa: E402
 
 
 def config(**options):
@@ -28,20 +31,11 @@ def config(**options):
                                  data=data.DataConfig("shapes", image_size=16))
 
 
+def masks(count: int, wanted) -> torch.Tensor:
+    return data.fixed_masks(count, 4, wanted.pretrain)
+
+
 # -- codes --------------------------------------------------------------------------------------------------------
-
-
-def test_examples_of_a_code_are_patches_that_have_it():
-    """From as many images as possible: of ten images that all have the code twice, ten examples are one from each."""
-    ids = torch.randint(0, 5, (10, 4, 4), generator=torch.Generator().manual_seed(0)) + 10
-    ids[:, 1, 2], ids[:, 3, 0] = 7, 7
-    for count in (3, 10):
-        places = visualize.examples_of(ids, 7, count)
-        assert len(places) == count == len({image for image, _, _ in places})
-        assert all(ids[place] == 7 for place in places)
-    assert len(set(visualize.examples_of(ids, 7, 14))) == 14
-    assert len(set(visualize.examples_of(ids, 7, 99))) == 20
-    assert visualize.examples_of(ids, 8, 3) == []
 
 
 def test_codes_to_show():
@@ -52,36 +46,6 @@ def test_codes_to_show():
     assert visualize.choose_codes(ids, visualize.VisualizeConfig(codes=[11, 0]), 12) == [11, 0]
     with pytest.raises(UserError, match="code 12, and the codebook has 12"):
         visualize.choose_codes(ids, visualize.VisualizeConfig(codes=[12]), 12)
-
-
-def test_shares_of_classes():
-    ids = torch.zeros(3, 2, 2, dtype=torch.int64)
-    ids[0, 0], ids[1, 1, 1], ids[2, 0, 0] = 4, 4, 4
-    shares = visualize.class_shares(ids, torch.tensor([2, 0, 2]), 4, 3)
-    assert torch.allclose(shares, torch.tensor([0.25, 0, 0.75]))
-
-
-def test_nearest_codes_are_those_of_the_highest_cosine():
-    codebook = F.normalize(torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [-1, 0]]), dim=1)
-    lengths = torch.tensor([[2.0], [0.5], [3], [1]])  # a teacher's mean features have any
-    (first, cosine), (second, zero) = visualize.nearest_codes(lengths * codebook, 0, 2)
-    assert (first, second) == (1, 2) and cosine == pytest.approx(0.9 / math.hypot(0.9, 0.1)) and zero == pytest.approx(0)
-
-
-def test_colours_belong_to_codes_for_good():
-    codebook = F.normalize(torch.randn(50, 8, generator=torch.Generator().manual_seed(1)), dim=1)
-    colours = visualize.code_colours(codebook)
-    assert colours.shape == (50, 3) and len({tuple(colour) for colour in colours}) == 50
-    assert (colours == visualize.code_colours(codebook.clone())).all()
-    picture = token_map(torch.tensor([[1, 2], [2, 3]]), colours, 3)
-    assert picture.shape == (6, 6, 3) and (picture[:3, 3:] == colours[2]).all() and (picture[3:, 3:] == colours[3]).all()
-
-
-def test_the_mean_patch_of_a_code():
-    images = torch.randint(0, 256, (3, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
-    ids = torch.tensor([[[0, 1], [0, 0]], [[1, 0], [0, 0]], [[0, 0], [0, 0]]])
-    expected = (images[0, :, :4, 4:].float() + images[1, :, :4, :4].float()) / 2
-    assert torch.equal(visualize.mean_patch(images, ids, 1, 4), expected)
 
 
 def test_an_image_without_labels_is_called_by_its_file():
@@ -99,7 +63,7 @@ def test_hits_and_beliefs_are_those_of_the_model():
     model = MaskedImageModel(vocab_size=9, early_layers=1, head_layers=1, image_size=16, patch_size=4, embed_dim=16,
                              depth=2, num_heads=2, rel_pos_bias="shared").eval()
     images, ids = torch.randint(0, 256, (3, 3, 16, 16)).byte(), torch.randint(0, 9, (3, 4, 4))
-    said = visualize.predict_masked(model, images, ids, config())
+    said = visualize.predict_masked(model, images, ids, masks(3, config()))
     assert said.masked.shape == said.truth.shape == (3, 5)
     assert said.hits.keys() == said.top.keys() == said.share.keys() == {"mim", "cls"}
     for name, logits in zip(model.prediction_names, model(data.normalize(images / 255), said.masked)):
@@ -154,7 +118,7 @@ def test_the_pixel_decoder_learns_what_codes_say():
     torch.manual_seed(0)
     tokenizer = Brightness()
     samples = data.TrainSamples(Shapes("train", 64, 16), 0, 16, (0.7, 1.0))
-    decoder = visualize.train_pixel_decoder(tokenizer, samples, 120, torch.device("cpu"))
+    decoder = train_pixel_decoder(tokenizer, samples, 120, torch.device("cpu"))
     ids = torch.tensor([[[0, 3], [3, 0]]]).repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
     painted = decoder(ids)[0].mean(dim=0)
     dark, bright = painted[:8, :8].mean(), painted[:8, 8:].mean()
@@ -214,7 +178,7 @@ def test_one_image_goes_through_all_stages_and_the_others_beside_it(parts):
     models.finetuned = Classifier(3, image_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2).eval(), seen.classes
     page = visualize.way_section(*parts)
     chosen = visualize.shown_images(wanted, seen)
-    said = visualize.predict_masked(models.pretrained, seen.images[chosen], models.ids[chosen], wanted)
+    said = visualize.predict_masked(models.pretrained, seen.images[chosen], models.ids[chosen], masks(12, wanted)[chosen])
     assert page.count("<img ") == 4 * 5 + 2 * 3 * 6, "image, codes, mask and two predictions; three patches, six pictures each"
     for name, title in (("mim", "backbone"), ("cls", "aggregation head")):
         for j in range(4):
@@ -241,3 +205,67 @@ def test_images_without_labels_are_shown_without_classes(parts):
         bare = section(wanted, dataclasses.replace(seen, classes=[]), models)
         assert bare.count(visualize.NO_LABELS) == 1 and "cat" not in bare
         assert bare.count("<img ") == labelled.count("<img ") > 10
+
+
+def test_words_of_drawn_shapes_are_named_by_shape_and_part(parts):
+    """Codes that are the parts themselves are pure by part."""
+    wanted, _, models = parts
+    wanted.data, wanted.tokenizer = data.DataConfig("shapes", image_size=48, val_images=50, workers=0), vqkd.TokenizerConfig()
+    wanted.model, wanted.tokenizer.teacher = types.SimpleNamespace(patch_size=12), "hog"
+    seen = visualize.look(wanted)
+    models.ids = ids = seen.parts
+    page = visualize.words_section(wanted, seen, models)
+    own, chance = re.findall(r"<td>([\d.]+) %</td>", page.partition("the tokenizer&#x27;s codes")[2])[2:4]
+    assert own == "100.0" and 20 < float(chance) < 80
+    edges = seen.labels[:, None, None].expand_as(ids)[ids == 2]
+    shapes = most_frequent(edges, seen.classes)
+    assert f"<b>code 2:</b> edge 100 %; shapes: {shapes}<br>" in page and "<b>code 0:</b> background 100 %<br>" in page
+    assert "k-means of HOG features" in page and "k-means of the teacher" not in page
+
+
+def test_parts_are_those_of_the_crop_that_is_shown(parts, monkeypatch):
+    """Where the picture is the drawn shape in white, patches inside are white and those of background black."""
+    wanted, _, _ = parts
+    wanted.data, wanted.model = data.DataConfig("shapes", image_size=48, val_images=50, workers=0), types.SimpleNamespace(
+        patch_size=12)
+    white = lambda self, i: torch.from_numpy(255 * self.segmentation(i).clip(0, 1)).expand(3, -1, -1)  # noqa: E731
+    monkeypatch.setattr(Shapes, "load", white)
+    seen = visualize.look(wanted)
+    patches = seen.images[:, 0].unfold(1, 12, 12).unfold(2, 12, 12).flatten(3).float().mean(dim=-1)  # [n, grid, grid]
+    assert patches[seen.parts == 0].max() < 10 < 245 < patches[seen.parts == 1].min()
+    assert [int((seen.parts == part).sum()) > 20 for part in range(4)] == [True] * 4
+
+
+def test_purity_of_images_that_were_not_drawn_is_not_shown(parts):
+    page = visualize.words_section(*parts)
+    assert "purity" not in page and "in images of " in page
+
+
+# -- [CLS] --------------------------------------------------------------------------------------------------------
+
+
+def test_the_bars_and_pictures_of_cls_are_its_hits(parts):
+    wanted, seen, models = parts
+    for parameter in models.pretrained.parameters():
+        parameter.data.normal_()
+    masked = masks(12, wanted)
+    ids = take(models.ids.flatten(1), masked)
+    hits = hits_by_cls(models.pretrained, [(seen.images, masked, ids)], torch.ones(12, dtype=torch.bool))
+    page = visualize.cls_section(*parts)
+    for name in ("cls_accuracy", "cls_accuracy_swapped", "cls_accuracy_mean"):
+        assert f">{100 * hits[name].float().mean():.1f} %</text>" in page
+    chosen, givers = visualize.shown_images(wanted, seen), another_image(12)
+    for i in chosen:
+        assert f"<figcaption>its own [CLS]: {int(hits['cls_accuracy'][i].sum())} right</figcaption>" in page
+        assert f"<figcaption>with its [CLS]: {int(hits['cls_accuracy_swapped'][i].sum())} right</figcaption>" in page
+        name = html.escape(seen.caption(int(givers[i])))
+        assert f"<figcaption>another image: {name}</figcaption>" in page
+    assert page.count("<img ") == 4 * 4 and "<dog>" not in page
+
+
+def test_a_model_without_a_head_has_no_cls_to_exchange(parts):
+    wanted, seen, models = parts
+    models.pretrained = MaskedImageModel(vocab_size=9, head_layers=0, image_size=16, patch_size=4, embed_dim=16,
+                                         depth=2, num_heads=2)
+    with pytest.raises(UserError, match="without an aggregation head"):
+        visualize.cls_section(wanted, seen, models)
