@@ -338,7 +338,7 @@ def purity_table(config, seen: Seen, models: "Models") -> str:
     rows = [("purity by", "shape", "by chance", "part", "by chance")]
     for name, ids in codes.items():
         figures = *purity(ids[parts > 0], shapes[parts > 0]), *purity(ids, parts)
-        rows.append((name, *(f"{100 * figure:.1f} %" for figure in figures)))
+        rows.append((name, *(f"{100 * figure:.1f}\N{NO-BREAK SPACE}%" for figure in figures)))
     return (f"{table(rows)}<p>Purity is the share of patches that are of the most frequent kind of their code: 100 % "
             f"if each code means one kind. The drawing program knows which shape a patch shows (patches of background "
             f"do not count here) and which part of it: {', '.join(PARTS)}; a tip and a narrow part are corners too. "
@@ -372,12 +372,12 @@ def cls_section(config, seen, models) -> str:
                      (painted[0], f"its own [CLS]: {int(own[i].sum())} right"),
                      (pixels(seen.images[givers[i]]), f"another image: {seen.caption(givers[i])}"),
                      (painted[1], f"with its [CLS]: {int(foreign[i].sum())} right")])
-    pairs = "".join(f"<div>{cells(row, smallest=90)}</div>" for row in rows)
-    return (f"{bar_chart('Hidden codes that the head names rightly', shares)}"
+    pairs = "".join(f"<div>{cells(row, smallest=120)}</div>" for row in rows)
+    return (f"<div class=\"columns\">{bar_chart('Hidden codes that the head names rightly', shares)}"
             f"<p>Of {masked.numel()} hidden patches of {len(masked)} images. Own less foreign: {lost.mean():.2f} ± "
             f"{lost.std() / len(lost)**0.5:.2f} points (standard error over images). The backbone names "
-            f"{100 * hits['mim_accuracy'].float().mean():.1f} %.</p><h3>The same hidden patches with the image's own "
-            f'[CLS] and with a foreign one</h3><div class="columns">{pairs}</div>')
+            f"{100 * hits['mim_accuracy'].float().mean():.1f} %.</p></div><h3>The same hidden patches with the image's "
+            f'own [CLS] and with a foreign one</h3><div class="columns">{pairs}</div>')
 
 
 @torch.no_grad()
@@ -447,9 +447,9 @@ def neighbours_section(config, seen, models) -> str:
 
 
 def curves_section(config, seen, models) -> str:
-    """What to see: in stage 1 the cosine loss falls while perplexity rises, or the codebook has collapsed; in stage
-    2 both losses of equation 3 fall, and the k-NN figures tell whether the features become useful at the same
-    time."""
+    """What to see: in stage 1 the cosine loss falls while perplexity rises, or the codebook has collapsed; in stage 2
+    both losses of equation 3 fall, cls_accuracy leaves cls_accuracy_swapped behind where [CLS] tells the head something
+    (section 2.3), and the k-NN figures tell whether the features become useful at the same time."""
     if not (stages := curves_of([Path(config.output_dir)])):
         raise UserError(f"there are no metrics in '{config.output_dir}' yet: begin with `torchrun tokenizer.py "
                         f"{config.file}`")

@@ -20,6 +20,7 @@ import beitv2  # noqa: E402
 import data  # noqa: E402
 import pretrain  # noqa: E402
 import tokenizer as vqkd  # noqa: E402
+from support.cls_swap import another_image, predict  # noqa: E402
 from support.datasets import open_dataset  # noqa: E402
 from support.options import load_config  # noqa: E402
 
@@ -119,22 +120,21 @@ def swap(run: str) -> None:
     tokenizer, _ = vqkd.load_tokenizer(config, saved["tokenizer_weights"], "pretrain.tokenizer_weights")
     model = pretrain.build_model(config, tokenizer.num_ids).eval()
     beitv2.load_pretrained(model, checkpoint)
+    if not model.head_layers:
+        sys.exit(f"error: the model in '{run}' was trained without an aggregation head, which alone reads [CLS]")
     size = config.data.image_size
     samples = data.ValSamples(open_dataset(config.data, "val"), size)
     images = data.to_unit(torch.stack([samples[i]["image"] for i in range(1000)]))
-    aggregate = model.aggregate
-    changes = {"its own": lambda cls: cls, "another image's": lambda cls: cls.roll(1, dims=0),
-               "the mean": lambda cls: cls.mean(dim=0, keepdim=True).expand_as(cls)}
     for seed in SEEDS:
         generator = torch.Generator().manual_seed(seed)
         cfg = config.pretrain
         mask = torch.stack([data.block_mask(model.grid, cfg.num_masked, cfg.min_block, generator) for _ in images])
         masked = beitv2.masked_positions(mask, cfg.num_masked)
         ids = beitv2.take(tokenizer.token_ids(images), masked)
-        for name, change in changes.items():
-            model.aggregate = lambda last, *rest, **named: aggregate(
-                torch.cat([change(last[:, :1]), last[:, 1:]], dim=1), *rest, **named)
-            loss, hits = beitv2.score(model(data.normalize(images), masked)[1], ids)
+        _, own = predict(model, data.normalize(images), masked)
+        for name, cls in {"its own": own, "another image's": own[another_image(len(own))],
+                          "the mean": own.mean(dim=0).expand_as(own)}.items():
+            loss, hits = beitv2.score(predict(model, data.normalize(images), masked, cls)[0][1], ids)
             print(f"seed {seed}, the head with {name} [CLS]: loss {loss:.3f}, accuracy {hits.float().mean():.1%}")
 
 

@@ -29,7 +29,7 @@ svg text { fill: currentColor; font-size: 12.5px; } svg .title { font-weight: 60
 table { border-collapse: collapse; overflow-wrap: normal; display: block; overflow-x: auto; }
 td, th { text-align: left; padding: .15rem 1rem .15rem 0; font-weight: normal; border-bottom: 1px solid var(--line); }
 .missing { border-left: 4px solid #E69F00; padding: .2rem .8rem; } nav a { margin-right: 1rem; }
-.hit { border-bottom: 3px solid #0072B2; } .miss { border-bottom: 3px solid #E69F00; }
+@media (max-width: 30rem) { figcaption { font-size: .7rem; } td { padding-right: .4rem; } }
 """
 
 

@@ -26,7 +26,7 @@ def most_frequent(kinds: Tensor, names: Sequence[str], count: int = 3) -> str:
     """The `count` most frequent of some kinds, int64 [n] by their number in `names`: such as "cat 60 %, dog 40 %"."""
     percent = (100 * kinds.bincount(minlength=len(names)) / max(1, len(kinds))).round()
     most = percent.argsort(descending=True, stable=True)[:count].tolist()
-    return ", ".join(f"{names[k]} {percent[k]:.0f} %" for k in most if percent[k] > 0)
+    return ", ".join(f"{names[k]} {percent[k]:.0f}\N{NO-BREAK SPACE}%" for k in most if percent[k] > 0)
 
 
 def purity(ids: Tensor, kinds: Tensor) -> tuple[float, float]:

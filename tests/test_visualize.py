@@ -215,11 +215,12 @@ def test_words_of_drawn_shapes_are_named_by_shape_and_part(parts):
     seen = visualize.look(wanted)
     models.ids = ids = seen.parts
     page = visualize.words_section(wanted, seen, models)
-    own, chance = re.findall(r"<td>([\d.]+) %</td>", page.partition("the tokenizer&#x27;s codes")[2])[2:4]
+    own, chance = re.findall(r"<td>([\d.]+)\s%</td>", page.partition("the tokenizer&#x27;s codes")[2])[2:4]
     assert own == "100.0" and 20 < float(chance) < 80
     edges = seen.labels[:, None, None].expand_as(ids)[ids == 2]
     shapes = most_frequent(edges, seen.classes)
-    assert f"<b>code 2:</b> edge 100 %; shapes: {shapes}<br>" in page and "<b>code 0:</b> background 100 %<br>" in page
+    assert f"<b>code 2:</b> edge 100\N{NO-BREAK SPACE}%; shapes: {shapes}<br>" in page
+    assert "<b>code 0:</b> background 100\N{NO-BREAK SPACE}%<br>" in page
     assert "k-means of HOG features" in page and "k-means of the teacher" not in page
 
 
