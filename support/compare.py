@@ -3,8 +3,6 @@
 No reader of the method needs this file.
 """
 
-import dataclasses
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,14 @@ import yaml
 from support.charts import curves_of
 from support.errors import UserError, explained
 from support.figures import run_figures, shown, titles_of
-from support.options import FREE_TO_CHANGE, SECTIONS, RunConfig, dotted, renamed
+from support.options import FREE_TO_CHANGE, SECTIONS, defaults_of, dotted, renamed, section_of
 from support.page import page, table
 
 # Runs that differ in these only are one experiment: they say where files lie, and how a stage is called.
 PLACES = {"tokenizer_weights", "teacher_weights", "weights", "checkpoint", "images", "output", "classes_file"}
 
 
-def options_of(folder: Path, declared: dict[str, type]) -> tuple[dict[tuple[str, str], dict[str, Any]], dict[str, int]]:
+def options_of(folder: Path, sections: dict[str, type]) -> tuple[dict[tuple[str, str], dict[str, Any]], dict[str, int]]:
     """What a run was made with: {(stage, section): {key: value}}, and the seed of each stage.
 
     A stage's config.yaml holds more sections than the stage has used. Counted are its own one, `data`, `model`, and the
@@ -29,18 +27,19 @@ def options_of(folder: Path, declared: dict[str, type]) -> tuple[dict[tuple[str,
     Then what stage 2 was told of the tokenizer counts. A key that a file lacks has its declared default: the run may be
     older than the option.
 
-    declared   the dataclass of each section
+    sections   the dataclass of each section
     """
-    configs = {file.parent.name: read_config(file) for file in sorted(folder.glob("*/config.yaml"))}
-    options, seeds = {}, {}
-    for stage, config in configs.items():
-        own = next((section for section in SECTIONS if stage.startswith(section)), "finetune")
-        seeds[stage] = config.get("seed", RunConfig.seed)
-        for section in ("", "data", "model", own):
-            options[stage, section] = section_of(config, section, declared)
+    defaults = defaults_of(sections)
+    configs = {file.parent.name: defaults | read_config(file) for file in sorted(folder.glob("*/config.yaml"))}
+    used = [(stage, section, config) for stage, config in configs.items()
+            for section in ("", "data", "model", section_of(stage))]
     if "pretrain" in configs and "tokenizer" not in configs:
-        options["tokenizer", "tokenizer"] = section_of(configs["pretrain"], "tokenizer", declared)
-    return options, seeds
+        used.append(("tokenizer", "tokenizer", configs["pretrain"]))
+    options = {}
+    for stage, section, config in used:
+        options[stage, section] = {key: value for key, value in config.items() if key.rpartition(".")[0] == section
+                                   and key.rpartition(".")[2] not in FREE_TO_CHANGE | PLACES | {"seed"}}
+    return options, {stage: config["seed"] for stage, config in configs.items()}
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -53,15 +52,6 @@ def read_config(file: Path) -> dict[str, Any]:
     return renamed(dotted(content, SECTIONS))
 
 
-def section_of(config: dict[str, Any], section: str, declared: dict[str, type]) -> dict[str, Any]:
-    """The options of one section that may change a result, but for the seed; what is missing has its default."""
-    defaults = json.loads(json.dumps(dataclasses.asdict(declared[section]())))  # tuples become lists
-    given = {key: value for key, value in config.items() if key.rpartition(".")[0] == section}
-    values = {f"{section}.{name}".lstrip("."): value for name, value in defaults.items()} | given
-    return {key: value for key, value in values.items()
-            if key.rpartition(".")[2] not in FREE_TO_CHANGE | PLACES | {"seed"}}
-
-
 def group_runs(folders: list[Path], sections: dict[str, type]) -> list[tuple[str, list[Path]]]:
     """(name, runs) for each experiment: its runs differ in nothing but seeds, PLACES and what is FREE_TO_CHANGE.
 
@@ -69,7 +59,7 @@ def group_runs(folders: list[Path], sections: dict[str, type]) -> list[tuple[str
     nothing tells that two runs belong together. Two runs with the same seeds are no two measurements either: they get
     rows of their own. The name tells in which options the experiments differ. Where that is not enough, the folders do.
     """
-    about = {folder: options_of(folder, {"": RunConfig} | sections) for folder in folders}
+    about = {folder: options_of(folder, sections) for folder in folders}
     groups: list[tuple[dict, list[Path]]] = []
     for folder, (options, seeds) in about.items():
         for known, members in groups:

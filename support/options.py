@@ -26,13 +26,24 @@ from support.optimizers import OPTIMIZERS
 SECTIONS = ("data", "model", "tokenizer", "pretrain", "finetune", "segment", "visualize")
 
 
-# Types of options. Numbers: the smallest and the largest value, both included.
+# Types of options. Numbers: the smallest and the largest value, both included. Text: a check that returns the value.
 Count = Annotated[int, 1, math.inf]
 Natural = Annotated[int, 0, math.inf]
 Amount = Annotated[float, 0.0, math.inf]
 Share = Annotated[float, 0.0, 1.0]
 Beta = Annotated[float, 0.0, 0.999999]  # AdamW divides by 1 - beta, so 1 is too much
-PathText = Annotated[str, "path"]  # a path, a pattern of paths or a URL; `~` is the home folder
+
+
+def home_expanded(path: str) -> str:
+    """A path whose `~` is the home folder. A shell does this at the beginning of a word only, so not in
+    `data.root=~/images`, and YAML not at all."""
+    path = os.path.expanduser(path)
+    if path.startswith("~"):
+        raise ValueError("a path that begins with ~/ or with ~ and a user's name (or with ./~ for a file ~NAME)")
+    return path
+
+
+PathText = Annotated[str, home_expanded]  # a path, a pattern of paths or a URL
 
 
 @dataclass
@@ -85,6 +96,11 @@ FREE_TO_CHANGE = {"output_dir", "device", "precision", "compile", "threads", "ro
 RENAMED = {"finetune.mean_pool": ("finetune.pooling", {"True": "mean", "False": "cls"})}
 
 
+def section_of(stage: str) -> str:
+    """The section of a stage: finetune's modes, and runs from scratch, have stages of their own."""
+    return next((section for section in SECTIONS if stage.startswith(section)), "finetune")
+
+
 def load_config(sections: dict[str, type], arguments: list[str] | None = None) -> types.SimpleNamespace:
     """Read `CONFIG.yaml [section.key=value ...]` into checked dataclasses.
 
@@ -121,29 +137,27 @@ def load_config(sections: dict[str, type], arguments: list[str] | None = None) -
     source |= {new: source[old] for old, (new, _) in RENAMED.items() if old in source}
     values = renamed(values)
 
+    parts = {section: kind() for section, kind in {"": RunConfig, **sections}.items()}
     for key, value in values.items():
-        section = key.rpartition(".")[0]
+        section, _, name = key.rpartition(".")
         if key in SECTIONS:
             raise UserError(f"'{key}' in {source[key]} must be a section with keys, not {value!r}")
         if key in declared:
             try:
-                values[key] = convert(value, declared[key])
+                value = convert(value, declared[key])
             except ValueError as error:
                 hint = ": put it in quotes" if str(error) == "text" and not isinstance(value, dict) else ""
                 raise UserError(f"'{key}' in {source[key]} must be {error}, not {value!r}{hint}") from None
+            if section in parts:
+                setattr(parts[section], name, value)
         elif section in kinds or section not in SECTIONS:
             valid = [name for name in (*declared, *SECTIONS) if name.rpartition(".")[0] == section] or list(declared)
             nearest = difflib.get_close_matches(key, valid, n=1, cutoff=0)[0]
             raise UserError(f"unknown key '{key}' in {source[key]}; the nearest valid key is '{nearest}'")
 
-    def build(section: str, kind: type) -> Any:
-        return kind(**{name: values[key] for key in values for parent, _, name in [key.rpartition(".")]
-                       if parent == section})
-
-    built = {section: build(section, kind) for section, kind in {"": RunConfig, **sections}.items()}
-    top = built.pop("")
-    config = types.SimpleNamespace(file=file, **vars(top), **built)
-    for part in (top, *built.values()):
+    top = parts.pop("")
+    config = types.SimpleNamespace(file=file, **vars(top), **parts)
+    for part in (top, *parts.values()):
         if hasattr(part, "check"):
             part.check(config)
     return config
@@ -223,12 +237,6 @@ def convert(value: Any, kind: Any) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else convert(value, arguments[0])
-    if kind == PathText:
-        # A shell expands `~` at the beginning of a word only, so not in `data.root=~/images`, and YAML not at all.
-        path = os.path.expanduser(convert(value, str))
-        if path.startswith("~"):
-            raise ValueError("a path that begins with ~/ or with ~ and a user's name (or with ./~ for a file ~NAME)")
-        return path
     if origin is Annotated:
         kind, *limits = arguments
         value = convert(value, kind)
@@ -274,26 +282,25 @@ def changed_keys(old: dict, new: dict) -> list[tuple[str, Any, Any]]:
             if old.get(key) != new.get(key)]
 
 
-def defaults_of(sections: dict[str, type]) -> dict:
-    """The declared defaults of RunConfig and of these sections, in the form of `as_dict`."""
-    return as_dict(types.SimpleNamespace(**vars(RunConfig()), **{name: kind() for name, kind in sections.items()}))
+def defaults_of(sections: dict[str, type]) -> dict[str, Any]:
+    """The declared defaults of RunConfig and of these sections, by their dotted keys."""
+    parts = {name: kind() for name, kind in sections.items()}
+    return dotted(as_dict(types.SimpleNamespace(**vars(RunConfig()), **parts)))
 
 
-def renamed(values: dict[str, Any], section: str = "") -> dict[str, Any]:
-    """Options under today's names. Their keys are dotted, or those of one `section`."""
+def renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Options, by their dotted keys, under today's names."""
     result = {}
     for key, value in values.items():
-        name, today = RENAMED.get(f"{section}.{key}".lstrip("."), (key, {}))
-        result[name.removeprefix(f"{section}.") if section else name] = today.get(str(value), value)
+        name, today = RENAMED.get(key, (key, {}))
+        result[name] = today.get(str(value), value)
     return result
 
 
-def with_defaults(saved: dict, config: types.SimpleNamespace) -> dict:
-    """A saved configuration, with the default of each option of `config` that it lacks.
+def with_defaults(saved: dict, config: types.SimpleNamespace) -> dict[str, Any]:
+    """A saved configuration by its dotted keys, with the default of each option of `config` that it lacks.
 
     An option that is newer than the run then counts as what it was when the run was made: its default.
     """
     sections = {name: type(part) for name, part in vars(config).items() if dataclasses.is_dataclass(part)}
-    defaults = defaults_of(sections)
-    filled = {name: defaults[name] | renamed(saved.get(name) or {}, name) for name in sections}
-    return defaults | saved | filled
+    return defaults_of(sections) | renamed(dotted(saved))

@@ -30,7 +30,7 @@ from support.files import file_sha256, keep_lines, save_atomically
 from support.launch import Stop
 from support.loaders import TrainLoader
 from support.optimizers import cosine_schedule
-from support.options import FREE_TO_CHANGE, SECTIONS, OptimizerConfig, as_dict, changed_keys, with_defaults
+from support.options import FREE_TO_CHANGE, OptimizerConfig, as_dict, changed_keys, section_of, with_defaults
 from support.precision import Precision
 from support.processes import all_reduce_sum, on_main, rank, say, setup_distributed, world_size
 
@@ -61,8 +61,7 @@ class Run:
 
     def __init__(self, stage: str, config: types.SimpleNamespace, train: OptimizerConfig):
         self.stage, self.config, self.train = stage, config, train
-        # finetune's modes, and runs from scratch, have stages of their own.
-        self.section = next((section for section in SECTIONS if stage.startswith(section)), "finetune")
+        self.section = section_of(stage)
         self.device = setup_distributed(config.device, config.threads)
         self.precision = Precision(config.precision, self.device)
         self.autocast, self.scaler = self.precision.autocast, self.precision.scaler
