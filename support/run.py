@@ -3,7 +3,6 @@
 No reader of the method needs this file. The example at `Run` says how a loop uses it.
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -19,6 +18,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -99,11 +99,9 @@ class Run:
             model = torch.compile(model)
         if world_size() > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            with warnings.catch_warnings():
-                # Buffers are counters of each rank's own. torch 2.15 has another name for this, which 2.6 has not.
-                warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
-                model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False,
-                                                gradient_as_bucket_view=True)
+            # Buffers are counters of each rank's own. torch 2.15 has another name for this, which 2.6 has not.
+            warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
+            model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
         return model
 
     def begin(self, samples: Dataset, source: Path | None = None, example: tuple[Tensor, ...] = (),
@@ -280,8 +278,9 @@ class Run:
         for _ in bar:
             seed_everything(self.config.seed, self.step, rank())
             for part in range(1, self.accumulation + 1):
-                with self.metrics.waiting():
-                    batch = next(batches)
+                asked = time.perf_counter()
+                batch = next(batches)
+                self.metrics.waited += time.perf_counter() - asked
                 last = part == self.accumulation
                 if self.parallel is not None:
                     self.parallel.require_backward_grad_sync = last  # DDP: exchange gradients once a step
@@ -304,26 +303,23 @@ class Run:
         """Add this micro-batch's share to the gradients."""
         self.scaler.scale(loss / self.accumulation).backward()
 
-    def read_finite(self) -> dict[str, Tensor]:
+    def read_finite(self) -> dict[str, list[float]]:
         """The window's metrics. A loss, or a gradient, that is not finite ends the run before it is saved.
 
         With fp16 the gradient may be infinite: the scaler has skipped that step.
         """
         values = self.metrics.read()
+        losses = [loss for loss in self.recent_losses + values.get("loss", []) if math.isfinite(loss)][-5:]
         for name in ("loss",) if self.scaler.is_enabled() else ("loss", "grad_norm"):
-            broken = (~values.get(name, torch.zeros(0)).isfinite()).nonzero()
-            if len(broken):
-                first = int(broken[0])
-                step = self.step - len(values[name]) + first + 1
-                losses = [*self.recent_losses, *values["loss"][:first].tolist()][-5:]
-                warmup = "warmup_epochs" if hasattr(self.train, "warmup_epochs") else "warmup_iterations"
-                advice = (f"start anew in another output_dir with a lower {self.section}.lr or a longer "
-                          f"{self.section}.{warmup}")
+            broken = [not math.isfinite(value) for value in values.get(name, [])]
+            if any(broken):
+                step = self.step - len(broken) + broken.index(True) + 1
+                advice = f"start anew in another output_dir with a lower {self.section}.lr or a longer warm-up"
                 if self.precision.name != "fp32" and self.saved_step:
                     advice += f", or go on from the checkpoint of step {self.saved_step} with precision=fp32"
                 raise UserError(f"the {name.replace('grad_norm', 'gradient')} is not finite at step {step} (the losses "
                                 f"before: {', '.join(f'{loss:.4g}' for loss in losses) or 'none'}): {advice}")
-        self.recent_losses = values.get("loss", torch.zeros(0))[-5:].tolist()
+        self.recent_losses = values.get("loss", [])
         return values
 
     def interrupt(self) -> typing.NoReturn:
@@ -378,14 +374,7 @@ class Metrics:
         self.start_clock()
 
     def start_clock(self) -> None:
-        self.started, self.waited, self.timed_steps = time.perf_counter(), 0.0, 0
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around what waits for data."""
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
+        self.started, self.waited, self.timed_steps = time.perf_counter(), 0.0, 0  # waited: seconds, for data
 
     def record(self, **values: Tensor | float) -> None:
         """Note metrics of this step; what comes several times (micro-batches) is averaged."""
@@ -397,22 +386,22 @@ class Metrics:
             self.window.setdefault(name, []).append(sum(values) / len(values))
         self.now, self.timed_steps = {}, self.timed_steps + 1
 
-    def read(self) -> dict[str, Tensor]:
+    def read(self) -> dict[str, list[float]]:
         """The window's values of each metric, averaged over all ranks. Here the host waits for the device."""
         values = {name: torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in window])
                   for name, window in sorted(self.window.items())}
-        return {name: (all_reduce_sum(value) / world_size()).cpu() for name, value in values.items()}
+        return {name: (all_reduce_sum(value) / world_size()).tolist() for name, value in values.items()}
 
-    def close_window(self, values: dict[str, Tensor], batch_size: int) -> dict[str, float]:
+    def close_window(self, values: dict[str, list[float]], batch_size: int) -> dict[str, float]:
         """Add what `read` gave to the epoch; returns its means and the speed, and begins a new window."""
         seconds = time.perf_counter() - self.started
         means = {}
-        for name, value in values.items():
-            value = value[value.isfinite()]  # a skipped fp16 step has no gradient norm
-            if len(value):
-                means[name] = value.mean().item()
-                total = self.totals.setdefault(name, [0.0, 0])
-                total[0], total[1] = total[0] + value.sum().item(), total[1] + len(value)
+        for name, of_steps in values.items():
+            finite = [value for value in of_steps if math.isfinite(value)]  # a skipped fp16 step has no gradient norm
+            if finite:
+                means[name] = sum(finite) / len(finite)
+                total, count = self.totals.get(name, (0.0, 0))
+                self.totals[name] = [total + sum(finite), count + len(finite)]
         means["images_per_second"] = round(self.timed_steps * batch_size / seconds, 1)
         means["data_wait"] = round(self.waited / seconds, 3)
         self.window = {}
@@ -461,12 +450,15 @@ def shortened(names: list, most: int = 8) -> str:
 
 
 def flops(model: nn.Module, *inputs: Tensor) -> int:
-    """Floating-point operations of a forward pass: counted on fake tensors, which have a shape and no numbers."""
+    """Floating-point operations of a forward pass: counted on fake tensors, which have a shape and no numbers.
+
+    Attention is counted as plain matrix products: torch's counter does not know the fused kernel of CPUs.
+    """
     fake, was_training = FakeTensorMode(), model.training
     weights = {name: fake.from_tensor(value) for name, value in (*model.named_parameters(), *model.named_buffers())}
     device = next(model.parameters()).device
     inputs = tuple(fake.from_tensor(value.to(device)) for value in inputs)
-    with fake, FlopCounterMode(display=False) as counter, torch.no_grad():
+    with fake, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         torch.func.functional_call(model.eval(), weights, inputs)
     model.train(was_training)
     return counter.get_total_flops()

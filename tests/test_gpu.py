@@ -185,8 +185,8 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(Run, "micro_batches", watched)
     monkeypatch.setattr(Run, "save", epoch_done)
-    monkeypatch.setattr(Metrics, "read", lambda metrics: {name: torch.zeros(len(window))
-                                                                 for name, window in metrics.window.items()})
+    monkeypatch.setattr(Metrics, "read", lambda metrics: {name: [0.0] * len(window)
+                                                          for name, window in metrics.window.items()})
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(nn.Module, "to", to)
     return gpu

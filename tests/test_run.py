@@ -27,7 +27,7 @@ from support.loaders import TrainLoader  # noqa: E402
 from support.optimizers import clip_gradients, make_optimizer  # noqa: E402
 from support.options import TrainConfig, load_config  # noqa: E402
 from support.processes import all_reduce_sum, gather_in_order, on_main  # noqa: E402
-from support.run import Metrics, Run, seed_everything  # noqa: E402
+from support.run import Metrics, Run, flops, seed_everything  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -383,6 +383,18 @@ def test_gradients_are_clipped_and_the_norm_before_is_reported(tmp_path):
         assert all(p.grad is None for p in run.model.parameters())
     assert start[0.25] == pytest.approx(start[0.0]) == pytest.approx(moved[0.0], rel=1e-4) and start[0.0] > 0.25
     assert moved[0.25] == pytest.approx(0.25, rel=1e-4)
+
+
+class Attention(nn.Module):
+    def forward(self, x):
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_operations_of_a_forward_pass():
+    """Those of attention too, whatever kernel the device has for it. A product [a, b] x [b, c] has 2abc."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), Attention())
+    assert flops(model, torch.zeros(1, 2, 5, 8)) == 2 * 10 * 8 * 8 + 2 * (2 * 2 * 5 * 5 * 8)
+    assert model.training and all(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
 def test_too_few_images_for_one_batch(tmp_path, monkeypatch):
