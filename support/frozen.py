@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import FixedCrops, ValSamples, to_unit
-from support.errors import UserError
+from support.errors import UserError, explained
 from support.loaders import loader_options, with_plain_errors
 from support.processes import all_reduce_sum, on_main, rank, say, world_size
 from support.run import Run
@@ -50,21 +50,22 @@ class Frozen:
         if self.images is not None and cache_folder(run.config):
             self.values = self.computed(name, about, dtype)
 
-    @torch.no_grad()
     def __call__(self, batch: dict, images: Tensor | None = None) -> Tensor:
         """The answer for a batch that is on the device, [B, ...].
 
         images   what the network is to see, if the crops are new each time; default: the batch's. Of fixed crops it
                  always sees the crop itself, whatever was done to its colours since
         """
-        if self.values is not None:
-            answer = torch.from_numpy(self.values[batch["row"].cpu().numpy()])
-            answer = answer.to(self.run.device, non_blocking=True)
-        else:
-            unchanged = images is None or self.images is not None
-            with self.run.autocast():
-                answer = self.ask(to_unit(batch["image"]) if unchanged else images)
-        return answer.float() if answer.is_floating_point() else answer.long()
+        if self.values is None:
+            return self.asked(batch["image"] if images is None or self.images is not None else images)
+        answer = torch.from_numpy(self.values[batch["row"].cpu().numpy()])
+        return widened(answer.to(self.run.device, non_blocking=True))
+
+    @torch.no_grad()
+    def asked(self, images: Tensor) -> Tensor:
+        """What the network itself says of images, uint8 or in [0, 1]."""
+        with self.run.autocast():
+            return widened(self.ask(to_unit(images)))
 
     def computed(self, name: str, about, dtype: str) -> np.ndarray:
         """The answers for all images, [images, ...], in a memory-mapped file: what is missing in it is computed now.
@@ -82,35 +83,36 @@ class Frozen:
 
         def make() -> None:
             if not is_whole(path, len(images), dtype):
-                with torch.no_grad(), run.autocast():
-                    shape = self.ask(to_unit(pixels[:1].to(run.device))).shape[1:]
-                make_file(path, (len(images), *shape), dtype)
+                make_file(path, (len(images), *self.asked(pixels[:1].to(run.device)).shape[1:]), dtype)
 
         on_main(make)
         values = np.load(path, mmap_mode="r+")
-
         blocks = [range(first, min(first + CACHE_BATCH, len(values))) for first in range(0, len(values), CACHE_BATCH)]
-        # One list for all ranks: a quick rank may write already while another still looks. A block is written from its
-        # first number to its last.
-        missing = on_main(lambda: [rows for rows in blocks if values[rows[-1]].flat[-1] == unset(dtype)])
-        mine = missing[rank()::world_size()]
+
+        def missing() -> list[range]:
+            """The blocks that are not written yet. A block is written from its first number to its last."""
+            return [rows for rows in blocks if values[rows[-1]].flat[-1] == unset(dtype)]
+
+        mine = on_main(missing)[rank()::world_size()]  # a quick rank may write already while another still looks
         loader = DataLoader(images, batch_sampler=mine, **loader_options(run.config.data.workers))
         drawn_from = torch.zeros(len(images), dtype=torch.int32, device=run.device)  # plus 1; 0: not drawn here
         bar = tqdm(with_plain_errors(loader), desc=f"{name} of {len(images)} images", total=len(mine), leave=False,
                    dynamic_ncols=True, disable=None if rank() == 0 else True)
         for rows, batch in zip(mine, bar):
-            with torch.no_grad(), run.autocast():
-                answer = self.ask(to_unit(batch["image"].to(run.device)))
-            answer = answer.float() if answer.is_floating_point() else answer  # numpy knows no bf16
-            values[rows.start:rows.stop] = answer.cpu().numpy()
+            values[rows.start:rows.stop] = self.asked(batch["image"].to(run.device)).cpu().numpy()
             drawn_from[rows.start:rows.stop] = batch["index"].int() + 1
         drawn_from = all_reduce_sum(drawn_from).cpu() - 1  # here all ranks wait for each other
         if isinstance(images, FixedCrops):
             images.drawn_from = drawn_from
-        if any(values[rows[-1]].flat[-1] == unset(dtype) for rows in blocks):
+        if missing():
             raise UserError(f"the cache '{path}' has gaps: give each machine a folder on a disk of its own with "
                             f"data.cache=FOLDER, or set data.cache=none")
         return values
+
+
+def widened(answer: Tensor) -> Tensor:
+    """A network's answer as float32 (numpy knows no bf16) or int64."""
+    return answer.float() if answer.is_floating_point() else answer.long()
 
 
 def unset(dtype: str) -> float | int:
@@ -122,12 +124,10 @@ def is_whole(path: Path, rows: int, dtype: str) -> bool:
     """Whether the file is there with so many rows. A damaged one is removed."""
     if not path.exists():
         return False
-    try:
+    with contextlib.suppress(ValueError, EOFError):  # truncated or empty
         values = np.load(path, mmap_mode="r")
         if (len(values), values.dtype) == (rows, np.dtype(dtype)):
             return True
-    except (ValueError, EOFError):  # foreign, truncated or empty
-        pass
     say(f"note: '{path}' is damaged, and is made anew")
     path.unlink()
     return False
@@ -139,23 +139,20 @@ def make_file(path: Path, shape: tuple[int, ...], dtype: str) -> None:
     size = f"{shape[0] * row.nbytes / 2**20:,.0f} MiB"
     say(f"cache of {shape[0]} images, {size}: {path}")
     part = path.with_name(f"{path.name}.{os.getpid()}")  # so that no other run finds half a file
-    try:
+    with explained(f"cannot write the cache '{path}' of {size}", "free some space, set data.cache=FOLDER to one on "
+                   "another disk, or set data.cache=none to compute the values anew in each epoch", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Written, not only reserved: a memory-mapped file that finds the disk full kills the process.
-        with open(part, "wb") as file:
-            np.lib.format.write_array_header_1_0(
-                file, dict(shape=shape, fortran_order=False, descr=np.lib.format.dtype_to_descr(row.dtype)))
-            for first in range(0, shape[0], 1024):
-                file.write(row.tobytes() * min(1024, shape[0] - first))
-        if not path.exists():  # another run may have been quicker
-            part.rename(path)
-    except OSError as error:
-        raise UserError(f"cannot write the cache '{path}' of {size} ({error.strerror}): free some space, set "
-                        f"data.cache=FOLDER to one on another disk, or set data.cache=none to compute the values anew "
-                        f"in each epoch") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        try:
+            # Written, not only reserved: a memory-mapped file that finds the disk full kills the process.
+            with open(part, "wb") as file:
+                header = np.lib.format.header_data_from_array_1_0(np.broadcast_to(row, shape))
+                np.lib.format.write_array_header_1_0(file, header)
+                for first in range(0, shape[0], 1024):
+                    file.write(row.tobytes() * min(1024, shape[0] - first))
+            if not path.exists():  # another run may have been quicker
+                part.rename(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def digest(model: nn.Module) -> str:
