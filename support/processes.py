@@ -16,6 +16,9 @@ from tqdm import tqdm
 from support.errors import UserError
 
 
+ADVICE = "start several processes with torchrun, or one after `unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE`"
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -38,7 +41,7 @@ def cores() -> int:
 
 def local_world_size() -> int:
     """How many processes of this run share this machine."""
-    return from_environment("LOCAL_WORLD_SIZE", 1)
+    return from_environment("LOCAL_WORLD_SIZE", "1")
 
 
 def share_of_cores() -> int:
@@ -46,12 +49,11 @@ def share_of_cores() -> int:
     return max(1, cores() // max(1, local_world_size()))
 
 
-def from_environment(name: str, default: int | None = None) -> int:
+def from_environment(name: str, default: str = "") -> int:
     """A whole number that a launcher such as torchrun leaves for its processes."""
-    text = os.environ.get(name, "" if default is None else str(default))
+    text = os.environ.get(name, default)
     if not (text.isascii() and text.isdigit()):
-        raise UserError(f"the environment has {name}={text!r}, which is no whole number: start several processes with "
-                        f"torchrun, or one after `unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE`")
+        raise UserError(f"the environment has {name}={text!r}, which is no whole number: {ADVICE}")
     return int(text)
 
 
@@ -61,28 +63,21 @@ def is_announced() -> bool:
         return False
     lacking = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if lacking:
-        raise UserError(f"the environment has RANK, but not {', '.join(lacking)}: start several processes with "
-                        f"torchrun, or one after `unset RANK`")
-    if from_environment("MASTER_PORT") > 65535:
-        raise UserError(f"the environment has MASTER_PORT={os.environ['MASTER_PORT']}, and ports end with 65535: set "
-                        f"another one, or start one process after `unset RANK`")
-    if from_environment("RANK") >= from_environment("WORLD_SIZE"):
-        raise UserError(f"the environment has RANK={os.environ['RANK']} and WORLD_SIZE={os.environ['WORLD_SIZE']}, and "
-                        f"ranks count from 0: start several processes with torchrun, or one after `unset RANK`")
+        raise UserError(f"the environment has RANK, but not {', '.join(lacking)}: {ADVICE}")
+    port, own, total = map(from_environment, ("MASTER_PORT", "RANK", "WORLD_SIZE"))
+    if port > 65535:
+        raise UserError(f"the environment has MASTER_PORT={port}, and ports end with 65535: {ADVICE}")
+    if own >= total:
+        raise UserError(f"the environment has RANK={own} and WORLD_SIZE={total}, and ranks count from 0: {ADVICE}")
     return True
 
 
-def setup_threads(threads: int = 0) -> None:
-    """Set the CPU threads of this process. 0: OMP_NUM_THREADS if the user set it, else an equal share of the cores."""
-    # Where torchrun starts several processes, it sets OMP_NUM_THREADS to 1 if it is not set: then nobody has chosen.
-    chosen = os.environ.get("OMP_NUM_THREADS", "")
-    if threads or not chosen or (chosen == "1" and local_world_size() > 1):
-        torch.set_num_threads(min(threads or share_of_cores(), cores()))
-
-
 def setup_distributed(device: str = "auto", threads: int = 0) -> torch.device:
-    """Join the process group that torchrun announces, if any, and take this rank's device (NCCL on CUDA, else gloo)."""
-    announced, local_rank, local_world = is_announced(), from_environment("LOCAL_RANK", 0), local_world_size()
+    """Join the process group that torchrun announces, if any, and take this rank's device (NCCL on CUDA, else gloo).
+
+    threads   of the CPU, for this process. 0: OMP_NUM_THREADS if the user set it, else an equal share of the cores
+    """
+    announced, local_rank, local_world = is_announced(), from_environment("LOCAL_RANK", "0"), local_world_size()
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda was asked for, but there is no CUDA GPU here: set device=cpu or device=auto")
     use_cuda = torch.cuda.is_available() and device != "cpu"
@@ -93,8 +88,10 @@ def setup_distributed(device: str = "auto", threads: int = 0) -> torch.device:
     if use_cuda:
         torch.cuda.set_device(local_rank)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    if threads or not use_cuda:
-        setup_threads(threads)
+    # Where torchrun starts several processes, it sets OMP_NUM_THREADS to 1 if it is not set: then nobody has chosen.
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if threads or (not use_cuda and (not chosen or (chosen == "1" and local_world > 1))):
+        torch.set_num_threads(min(threads or share_of_cores(), cores()))
     if announced and not dist.is_initialized():
         dist.init_process_group("nccl" if use_cuda else "gloo")
     return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
@@ -130,14 +127,14 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 def on_main(function: Callable[[], Any]) -> Any:
     """Run `function` on rank 0 while the others wait, and give its result, or its UserError, to all."""
-    outcome = [None, None]
+    outcome = [None]
     if rank() == 0:
         try:
             outcome[0] = function()
         except UserError as error:
-            outcome[1] = str(error)
+            outcome[0] = error
     if world_size() > 1:
         dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
     return outcome[0]

@@ -101,7 +101,8 @@ class Run:
             ids = [self.device.index] if self.device.type == "cuda" else None
             # Buffers are counters of each rank's own. torch 2.15 has another name for this, which 2.6 has not.
             warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
-            model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+            model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False,
+                                            gradient_as_bucket_view=True)
         return model
 
     def begin(self, samples: Dataset, source: Path | None = None, example: tuple[Tensor, ...] = (),
