@@ -8,7 +8,7 @@ import signal
 import sys
 
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, default_collate
 
 from support import processes
 from support.errors import UserError
@@ -32,7 +32,6 @@ class TrainLoader:
     def __init__(self, samples: Dataset, batch_size: int, seed: int, rank=None, world_size=None, workers=0):
         rank = processes.rank() if rank is None else rank
         world_size = processes.world_size() if world_size is None else world_size
-        self.samples = samples
         self.unreadable = Unreadable(samples.dataset, len(samples) / world_size, "training images")
         self.batches = EpochBatches(samples, batch_size, seed, rank, world_size)
         self.batches_per_epoch = len(samples) // world_size // batch_size
@@ -50,7 +49,7 @@ class TrainLoader:
         decoded for them. UserError when more than 1 % of the images turn out to be unreadable.
         """
         self.batches.epoch, self.batches.start = epoch, start
-        self.unreadable.clear()
+        self.unreadable.met = set()
         for batch in with_plain_errors(self.loader):
             self.unreadable.add(batch.pop("unreadable"), "replaced by another image")
             yield batch
@@ -76,9 +75,6 @@ class Unreadable:
         self.met: set[int] = set()  # in this pass
         self.named: set[int] = set()
 
-    def clear(self) -> None:
-        self.met = set()
-
     def add(self, numbers: torch.Tensor, fate: str) -> None:
         """Count images by their places in the data set; a negative number is none."""
         met = {number for number in numbers.tolist() if number >= 0}
@@ -102,13 +98,13 @@ class EpochBatches:
 
     def __init__(self, samples: Dataset, batch_size: int, seed: int, rank: int, world_size: int):
         self.sampler = DistributedSampler(samples, world_size, rank, shuffle=True, seed=seed, drop_last=True)
-        self.batch_size, self.epoch, self.start = batch_size, 0, 0
+        self.batches = BatchSampler(self.sampler, batch_size, drop_last=True)
+        self.epoch, self.start = 0, 0
 
     def __iter__(self):
         self.sampler.set_epoch(self.epoch)
-        order = list(self.sampler)
-        for first in range(self.start * self.batch_size, len(order) - self.batch_size + 1, self.batch_size):
-            yield [(self.epoch, index) for index in order[first:first + self.batch_size]]
+        for batch in itertools.islice(self.batches, self.start, None):
+            yield [(self.epoch, index) for index in batch]
 
 
 def loader_options(workers: int) -> dict:
@@ -169,7 +165,7 @@ class ValLoader:
         return len(self.loader)
 
     def __iter__(self):
-        self.unreadable.clear()
+        self.unreadable.met = set()
         for batch in with_plain_errors(self.loader):
             if "readable" in batch:
                 self.unreadable.add(batch["index"][~batch["readable"]], "left out")
