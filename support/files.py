@@ -70,11 +70,10 @@ def stage_checkpoint(config: types.SimpleNamespace, stage: str, given: str, key:
 def say_if_unfinished(content: dict, path: Path) -> None:
     """Say so when a checkpoint of an earlier stage comes from a run that has not ended."""
     progress = [content.get(key) for key in ("step", "epochs_done", "epochs", "steps_per_epoch")]
-    if not all(isinstance(number, int) for number in progress):  # another program's file
-        return
-    step, done, epochs, steps_per_epoch = progress
-    if done < epochs:
-        say(f"note: '{path}' is unfinished, at step {step} of {epochs * steps_per_epoch}")
+    if all(isinstance(number, int) for number in progress):  # else another program's file
+        step, done, epochs, steps_per_epoch = progress
+        if done < epochs:
+            say(f"note: '{path}' is unfinished, at step {step} of {epochs * steps_per_epoch}")
 
 
 def save_atomically(state: dict, path: Path) -> None:
@@ -89,15 +88,14 @@ def save_atomically(state: dict, path: Path) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
-        except (OSError, RuntimeError):
+        finally:
             part.unlink(missing_ok=True)
-            raise
 
 
-def read_lines(path: Path) -> list[dict]:
+def read_lines(path: Path, errors: str = "replace") -> list[dict]:
     """The lines of a metrics.jsonl, without a last one that was cut short or is only half written yet."""
     lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors=errors).splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
     return lines
@@ -111,14 +109,13 @@ def keep_lines(path: Path, step: int, epochs_done: int) -> None:
     if not path.is_file():
         return
     try:
-        path.read_text(encoding="utf-8")
+        lines = read_lines(path, errors="strict")
     except UnicodeDecodeError:
         aside = path.with_suffix(".damaged")
         os.replace(path, aside)
         say(f"note: '{path}' is no text file any more: it is now '{aside.name}', and a new one begins")
         return
     part = path.with_suffix(".part")
-    kept = [line for line in read_lines(path)
-            if line["step"] <= step and (line["epoch"] < epochs_done or "val" not in line)]
+    kept = [line for line in lines if line["step"] <= step and (line["epoch"] < epochs_done or "val" not in line)]
     part.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
     os.replace(part, path)

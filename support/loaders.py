@@ -161,9 +161,6 @@ class ValLoader:
         self.unreadable = Unreadable(samples.dataset, len(self.chosen) / world_size, "images")
         self.loader = DataLoader(samples, batch_size, sampler=mine, **loader_options(workers))
 
-    def __len__(self) -> int:
-        return len(self.loader)
-
     def __iter__(self):
         self.unreadable.met = set()
         for batch in with_plain_errors(self.loader):

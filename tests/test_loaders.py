@@ -143,7 +143,7 @@ def test_each_validation_image_counts_once(world_size):
     loaders = [ValLoader(data.ValSamples(shapes("val", 10), 16), 3, rank, world_size) for rank in range(world_size)]
     batches = [batch for loader in loaders for batch in loader]
     assert sorted(i for batch in batches for i in batch["index"].tolist()) == list(range(10))
-    assert len(batches) == sum(map(len, loaders))
+    assert len(batches) == sum(len(loader.loader) for loader in loaders)
     assert all(torch.equal(batch["label"], batch["index"] % 10) for batch in batches)
 
 
