@@ -95,14 +95,6 @@ def name_of(options: dict[tuple[str, str], dict[str, Any]], differing: set[tuple
                      if any((stage, key) in differing for stage in where))
 
 
-def summary(folders: list[Path], sections: dict[str, type]) -> list[list[str]]:
-    """A table of runs, its head first: a row for each experiment, with means and standard deviations over its seeds."""
-    groups = [(name, [run_figures(folder) for folder in members]) for name, members in group_runs(folders, sections)]
-    titles = titles_of([run for _, runs in groups for run in runs])
-    rows = [[name, str(len(runs)), *(mean_and_deviation(title, runs) for title in titles)] for name, runs in groups]
-    return [["runs that differ in", "seeds", *titles], *rows]
-
-
 def mean_and_deviation(title: str, runs: list[dict[str, float]]) -> str:
     """A cell of the table; behind it in brackets how many runs have measured it, if not all."""
     values = [run[title] for run in runs if title in run]
@@ -126,7 +118,11 @@ def compare(folders: list[Path], sections: dict[str, type]) -> Path:
     for folder in folders:
         if not any(folder.glob("*/metrics.jsonl")):
             raise UserError(f"there are no figures or curves in '{folder}': give the output_dir of runs")
-    rows, path = summary(folders, sections), Path("compare.html").resolve()
+    groups = [(name, [run_figures(folder) for folder in members]) for name, members in group_runs(folders, sections)]
+    titles = titles_of([run for _, runs in groups for run in runs])
+    rows = [[name, str(len(runs)), *(mean_and_deviation(title, runs) for title in titles)] for name, runs in groups]
+    rows.insert(0, ["runs that differ in", "seeds", *titles])
+    path = Path("compare.html").resolve()
     content = page("BEiT v2: " + ", ".join(map(str, folders)), [
         ("Figures", table(rows) + "<p>Mean ± standard deviation over the seeds.</p>"), *curves_of(folders)])
     print(as_markdown(rows))

@@ -114,52 +114,45 @@ def load_config(sections: dict[str, type], arguments: list[str] | None = None) -
         raise UserError(f"name a config file first: torchrun {Path(sys.argv[0]).name} configs/demo.yaml "
                         f"[section.key=value ...]")
     file, *changes = arguments
-    values = read_yaml(file)
-    source = dict.fromkeys(values, f"'{file}'")
-    for change in changes:
-        if "=" not in change:
-            raise UserError(f"'{change}' on the command line is not of the form section.key=value")
-    given = dict(change.split("=", 1) for change in changes)
+    given = {key: (value, f"'{file}'") for key, value in renamed(read_yaml(file)).items()}  # the value, and where it stands
 
     # In the file, the sections of other scripts are left to those scripts. On the command line no other script will
     # ever see them, so a typo would be lost. The script that declares such a section is imported only here, when it is
     # needed: at the top of this file, the arrow from scripts to plumbing would run both ways.
     kinds = {"": RunConfig, **sections}
-    for section in (key.partition(".")[0] for key in given):
+    for change in changes:
+        if "=" not in change:
+            raise UserError(f"'{change}' on the command line is not of the form section.key=value")
+        section = change.partition(".")[0]
         if section in SECTIONS and section not in kinds:
             kinds[section] = importlib.import_module(section).SECTIONS[section]
     declared = {f"{section}.{name}".lstrip("."): kind for section, fields in kinds.items()
                 for name, kind in typing.get_type_hints(fields, include_extras=True).items()}
-    for key, text in given.items():
-        source[key] = "the command line"
-        values[key] = unquoted(text) if is_text(declared.get(key)) else parse_yaml(
+    for key, text in (change.split("=", 1) for change in changes):
+        value = unquoted(text) if is_text(declared.get(key)) else parse_yaml(
             text, f"'{key}={text}' on the command line has no valid value", "write it as in YAML")
-    source |= {new: source[old] for old, (new, _) in RENAMED.items() if old in source}
-    values = renamed(values)
+        given |= {name: (today, "the command line") for name, today in renamed({key: value}).items()}
 
-    parts = {section: kind() for section, kind in {"": RunConfig, **sections}.items()}
-    for key, value in values.items():
+    parts = {section: kind() for section, kind in kinds.items()}
+    for key, (value, source) in given.items():
         section, _, name = key.rpartition(".")
         if key in SECTIONS:
-            raise UserError(f"'{key}' in {source[key]} must be a section with keys, not {value!r}")
+            raise UserError(f"'{key}' in {source} must be a section with keys, not {value!r}")
         if key in declared:
             try:
-                value = convert(value, declared[key])
+                setattr(parts[section], name, convert(value, declared[key]))
             except ValueError as error:
                 hint = ": put it in quotes" if str(error) == "text" and not isinstance(value, dict) else ""
-                raise UserError(f"'{key}' in {source[key]} must be {error}, not {value!r}{hint}") from None
-            if section in parts:
-                setattr(parts[section], name, value)
+                raise UserError(f"'{key}' in {source} must be {error}, not {value!r}{hint}") from None
         elif section in kinds or section not in SECTIONS:
             valid = [name for name in (*declared, *SECTIONS) if name.rpartition(".")[0] == section] or list(declared)
             nearest = difflib.get_close_matches(key, valid, n=1, cutoff=0)[0]
-            raise UserError(f"unknown key '{key}' in {source[key]}; the nearest valid key is '{nearest}'")
+            raise UserError(f"unknown key '{key}' in {source}; the nearest valid key is '{nearest}'")
 
-    top = parts.pop("")
-    config = types.SimpleNamespace(file=file, **vars(top), **parts)
-    for part in (top, *parts.values()):
-        if hasattr(part, "check"):
-            part.check(config)
+    config = types.SimpleNamespace(file=file, **vars(parts[""]), **{section: parts[section] for section in sections})
+    for section in ("", *sections):
+        if hasattr(parts[section], "check"):
+            parts[section].check(config)
     return config
 
 
