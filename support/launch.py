@@ -24,6 +24,10 @@ signals_heard: set[int] = set()  # those that asked this process to stop; Stop a
 
 # What PyTorch says when the machine lacks something, and our sentence for it; the first one that fits.
 MACHINE = [
+    (("OutOfMemoryError",),
+     "the device is out of memory: set a smaller device_batch_size (gradients are then added up over several passes, "
+     "which changes the result by rounding and other random numbers only; in segment.py BatchNorm's statistics change "
+     "too), or model.checkpoint_activations=true"),
     (("InvalidCxxCompiler", "No working C++ compiler", "Failed to find C compiler", "CppCompileError",
       "Cannot find a working triton installation"),
      "torch.compile finds no compiler here that works: install a C++ compiler, such as g++, or set compile=false"),
@@ -79,10 +83,6 @@ def launch(main: Callable[[], None], *expected: type[Exception]) -> None:
         main()
     except (UserError, *expected) as error:
         fail(" ".join(str(error).split()))
-    except torch.OutOfMemoryError:
-        fail("the device is out of memory: set a smaller device_batch_size (gradients are then added up over several "
-             "passes, which changes the result by rounding and other random numbers only; in segment.py BatchNorm's "
-             "statistics change too), or model.checkpoint_activations=true")
     except (RuntimeError, OSError, MemoryError) as error:
         if sentence := about_machine(error):
             fail(sentence)
@@ -139,14 +139,14 @@ class Stop:
     """Hears the signals until `restore`. `when` tells a person how soon the run will end."""
 
     def __init__(self, when: str):
-        self.signal, self.time, self.when = None, 0.0, when
+        self.when, self.time = when, None  # time: when the first one was heard
         self.before = {number: signal.signal(number, self.hear) for number in STOP_SIGNALS
                        if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT}  # nohup ignores SIGHUP
 
     def hear(self, number: int, frame: Any) -> None:
         signals_heard.add(number)
-        if self.signal is None:
-            self.signal, self.time = number, time.monotonic()
+        if self.time is None:
+            self.time = time.monotonic()
             if rank() == 0:
                 print(f"\nstopping after {self.when} and saving; once more to stop at once", file=sys.stderr)
         # Ctrl-C reaches us twice under torchrun: from the terminal, and from torchrun, which passes it on.
@@ -156,8 +156,8 @@ class Stop:
     def asked(self, device: torch.device) -> bool:
         """Whether any rank has heard one. All ranks must stop at the same step, so all must ask together."""
         if world_size() == 1:
-            return self.signal is not None  # asked after each step: a tensor would make the host wait for the device
-        return all_reduce_sum(torch.tensor(float(self.signal is not None), device=device)).item() > 0
+            return self.time is not None  # asked after each step: a tensor would make the host wait for the device
+        return all_reduce_sum(torch.tensor(float(self.time is not None), device=device)).item() > 0
 
     def restore(self) -> None:
         for number, handler in self.before.items():

@@ -578,7 +578,7 @@ def in_step_7(run):
             os.kill(os.getpid(), signal.SIGKILL)
         os.kill(os.getppid(), signal.Signals[how])  # torchrun tells its processes
         for _ in range(2000):  # 20 s: if none arrives, the run ends whole, and the test fails
-            time.sleep(0 if run.stop.signal else 0.01)
+            time.sleep(0 if run.stop.time else 0.01)
 in_each_step(in_step_7)
 sys.argv = [script + ".py", *arguments]
 runpy.run_path(os.path.join(code, script + ".py"), run_name="__main__")
