@@ -77,13 +77,16 @@ class Frozen:
         run, images = self.run, self.images
         some = torch.linspace(0, len(images) - 1, min(64, len(images))).long().tolist()
         pixels = torch.stack([images[row]["image"] for row in some])
-        described = [about, len(images), dtype, run.precision.name, hashlib.sha256(pixels.numpy().tobytes()).hexdigest()]
+        seen = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+        described = [about, len(images), dtype, run.precision.name, seen]
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:8]
         path = cache_folder(run.config) / f"{name}-{digest}.npy"
+        unset = -np.inf if np.dtype(dtype).kind == "f" else -1  # in place of what is missing: no network here gives it
 
         def make() -> None:
             if not is_whole(path, len(images), dtype):
-                make_file(path, (len(images), *self.asked(pixels[:1].to(run.device)).shape[1:]), dtype)
+                answer = self.asked(pixels[:1].to(run.device))
+                make_file(path, len(images), np.full(answer.shape, unset, dtype))
 
         on_main(make)
         values = np.load(path, mmap_mode="r+")
@@ -91,7 +94,7 @@ class Frozen:
 
         def missing() -> list[range]:
             """The blocks that are not written yet. A block is written from its first number to its last."""
-            return [rows for rows in blocks if values[rows[-1]].flat[-1] == unset(dtype)]
+            return [rows for rows in blocks if values[rows[-1]].flat[-1] == unset]
 
         mine = on_main(missing)[rank()::world_size()]  # a quick rank may write already while another still looks
         loader = DataLoader(images, batch_sampler=mine, **loader_options(run.config.data.workers))
@@ -115,11 +118,6 @@ def widened(answer: Tensor) -> Tensor:
     return answer.float() if answer.is_floating_point() else answer.long()
 
 
-def unset(dtype: str) -> float | int:
-    """What stands in a file where nothing has been computed yet: a number that no network here gives."""
-    return -np.inf if np.dtype(dtype).kind == "f" else -1
-
-
 def is_whole(path: Path, rows: int, dtype: str) -> bool:
     """Whether the file is there with so many rows. A damaged one is removed."""
     if not path.exists():
@@ -133,11 +131,10 @@ def is_whole(path: Path, rows: int, dtype: str) -> bool:
     return False
 
 
-def make_file(path: Path, shape: tuple[int, ...], dtype: str) -> None:
-    """Make the file, all of it unset."""
-    row = np.full((1, *shape[1:]), unset(dtype), dtype)
-    size = f"{shape[0] * row.nbytes / 2**20:,.0f} MiB"
-    say(f"cache of {shape[0]} images, {size}: {path}")
+def make_file(path: Path, rows: int, row: np.ndarray) -> None:
+    """Make the file of an array [rows, ...] whose rows are all `row`, [1, ...]."""
+    size = f"{rows * row.nbytes / 2**20:,.0f} MiB"
+    say(f"cache of {rows} images, {size}: {path}")
     part = path.with_name(f"{path.name}.{os.getpid()}")  # so that no other run finds half a file
     with explained(f"cannot write the cache '{path}' of {size}", "free some space, set data.cache=FOLDER to one on "
                    "another disk, or set data.cache=none to compute the values anew in each epoch", OSError):
@@ -145,10 +142,10 @@ def make_file(path: Path, shape: tuple[int, ...], dtype: str) -> None:
         try:
             # Written, not only reserved: a memory-mapped file that finds the disk full kills the process.
             with open(part, "wb") as file:
-                header = np.lib.format.header_data_from_array_1_0(np.broadcast_to(row, shape))
+                header = np.lib.format.header_data_from_array_1_0(np.broadcast_to(row, (rows, *row.shape[1:])))
                 np.lib.format.write_array_header_1_0(file, header)
-                for first in range(0, shape[0], 1024):
-                    file.write(row.tobytes() * min(1024, shape[0] - first))
+                for first in range(0, rows, 1024):
+                    file.write(row.tobytes() * min(1024, rows - first))
             if not path.exists():  # another run may have been quicker
                 part.rename(path)
         finally:

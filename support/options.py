@@ -114,7 +114,8 @@ def load_config(sections: dict[str, type], arguments: list[str] | None = None) -
         raise UserError(f"name a config file first: torchrun {Path(sys.argv[0]).name} configs/demo.yaml "
                         f"[section.key=value ...]")
     file, *changes = arguments
-    given = {key: (value, f"'{file}'") for key, value in renamed(read_yaml(file)).items()}  # the value, and where it stands
+    # Each value with the place where it stands.
+    given = {key: (value, f"'{file}'") for key, value in renamed(read_yaml(file)).items()}
 
     # In the file, the sections of other scripts are left to those scripts. On the command line no other script will
     # ever see them, so a typo would be lost. The script that declares such a section is imported only here, when it is
