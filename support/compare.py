@@ -12,7 +12,7 @@ import yaml
 from support.charts import curves_of
 from support.errors import UserError, explained
 from support.figures import run_figures, shown, titles_of
-from support.options import FREE_TO_CHANGE, SECTIONS, defaults_of, dotted, renamed, section_of
+from support.options import FREE_TO_CHANGE, defaults_of, dotted, section_of
 from support.page import page, table
 
 # Runs that differ in these only are one experiment: they say where files lie, and how a stage is called.
@@ -49,7 +49,7 @@ def read_config(file: Path) -> dict[str, Any]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
         raise UserError(f"'{file}' is not the configuration of a run of this project: {advice}")
-    return renamed(dotted(content, SECTIONS))
+    return dotted(content)
 
 
 def group_runs(folders: list[Path], sections: dict[str, type]) -> list[tuple[str, list[Path]]]:

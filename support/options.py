@@ -115,7 +115,7 @@ def load_config(sections: dict[str, type], arguments: list[str] | None = None) -
                         f"[section.key=value ...]")
     file, *changes = arguments
     # Each value with the place where it stands.
-    given = {key: (value, f"'{file}'") for key, value in renamed(read_yaml(file)).items()}
+    given = {key: (value, f"'{file}'") for key, value in read_yaml(file).items()}
 
     # In the file, the sections of other scripts are left to those scripts. On the command line no other script will
     # ever see them, so a typo would be lost. The script that declares such a section is imported only here, when it is
@@ -200,19 +200,27 @@ def read_yaml(file: str) -> dict[str, Any]:
     content = parse_yaml(text, f"'{file}' is not valid YAML", "correct it there") or {}
     if not isinstance(content, dict):
         raise UserError(f"'{file}' must hold `section: {{key: value}}`, not a {type(content).__name__}")
-    empty_sections = {key: {} for key, value in content.items() if key in SECTIONS and value is None}
-    return dotted(content | empty_sections, SECTIONS)
+    return dotted(content)
 
 
-def dotted(content: dict, sections: typing.Container | None = None) -> dict[str, Any]:
-    """{"a": {"x": 1}, "b": 2} -> {"a.x": 1, "b": 2}; with `sections`, only these are opened."""
+def dotted(content: dict) -> dict[str, Any]:
+    """{"data": {"x": 1}, "seed": 2} -> {"data.x": 1, "seed": 2}, under today's names; an empty section has no keys."""
     values = {}
     for key, value in content.items():
-        if isinstance(value, dict) and (sections is None or key in sections):
-            values |= {f"{key}.{name}": inner for name, inner in value.items()}
+        if key in SECTIONS and (value is None or isinstance(value, dict)):
+            values |= {f"{key}.{name}": inner for name, inner in (value or {}).items()}
         else:
             values[str(key)] = value
-    return values
+    return renamed(values)
+
+
+def renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Options, by their dotted keys, under today's names."""
+    result = {}
+    for key, value in values.items():
+        name, today = RENAMED.get(key, (key, {}))
+        result[name] = today.get(str(value), value)
+    return result
 
 
 def is_text(kind: Any) -> bool:
@@ -269,32 +277,18 @@ def as_dict(config: types.SimpleNamespace) -> dict:
     return json.loads(json.dumps(values))  # tuples become lists
 
 
-def changed_keys(old: dict, new: dict) -> list[tuple[str, Any, Any]]:
-    """Where two configurations differ: (dotted key, value before, value now)."""
-    old, new = dotted(old), dotted(new)
-    return [(key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key)]
-
-
 def defaults_of(sections: dict[str, type]) -> dict[str, Any]:
     """The declared defaults of RunConfig and of these sections, by their dotted keys."""
     parts = {name: kind() for name, kind in sections.items()}
     return dotted(as_dict(types.SimpleNamespace(**vars(RunConfig()), **parts)))
 
 
-def renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """Options, by their dotted keys, under today's names."""
-    result = {}
-    for key, value in values.items():
-        name, today = RENAMED.get(key, (key, {}))
-        result[name] = today.get(str(value), value)
-    return result
+def changed_options(saved: dict, config: types.SimpleNamespace) -> list[tuple[str, Any, Any]]:
+    """Where a saved configuration (of `as_dict`) differs from `config`: (dotted key, value before, value now).
 
-
-def with_defaults(saved: dict, config: types.SimpleNamespace) -> dict[str, Any]:
-    """A saved configuration by its dotted keys, with the default of each option of `config` that it lacks.
-
-    An option that is newer than the run then counts as what it was when the run was made: its default.
+    An option that is newer than the run counts as what it was when the run was made: its default.
     """
     sections = {name: type(part) for name, part in vars(config).items() if dataclasses.is_dataclass(part)}
-    return defaults_of(sections) | renamed(dotted(saved))
+    old, new = defaults_of(sections) | dotted(saved), dotted(as_dict(config))
+    return [(key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)]

@@ -30,7 +30,7 @@ from support.files import file_sha256, keep_lines, save_atomically
 from support.launch import Stop
 from support.loaders import TrainLoader
 from support.optimizers import cosine_schedule
-from support.options import FREE_TO_CHANGE, OptimizerConfig, as_dict, changed_keys, section_of, with_defaults
+from support.options import FREE_TO_CHANGE, OptimizerConfig, as_dict, changed_options, section_of
 from support.precision import Precision
 from support.processes import all_reduce_sum, on_main, rank, say, setup_distributed, world_size
 
@@ -195,9 +195,8 @@ class Run:
             raise UserError(f"'{self.checkpoint_file}' is no checkpoint of this stage (it lacks "
                             f"{', '.join(sorted(missing))}): move it away, or choose another output_dir")
         # How the tokenizer was trained is the business of its own stage: its shape is checked when it is loaded.
-        before = with_defaults(state["config"], self.config)  # an option that is newer than the run had its default
         differences = [f"{key} was {old!r} and is {new!r}"
-                       for key, old, new in changed_keys(before, as_dict(self.config))
+                       for key, old, new in changed_options(state["config"], self.config)
                        if key.split(".")[-1] not in FREE_TO_CHANGE
                        and (self.stage == "tokenizer" or key.split(".")[0] != "tokenizer")]
         if differences:

@@ -12,8 +12,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from beitv2 import ModelError  # noqa: E402
 from support.errors import UserError  # noqa: E402
-from support.options import (PathText, TrainConfig, as_dict, changed_keys, defaults_of, dotted, load_config,  # noqa: E402
-                             with_defaults)
+from support.options import (PathText, TrainConfig, as_dict, changed_options, defaults_of, dotted,  # noqa: E402
+                             load_config)
 
 
 @dataclass
@@ -190,29 +190,30 @@ def test_as_dict_is_plain(tmp_path):
     assert json.loads(json.dumps(values)) == values
 
 
-def test_changed_keys():
-    old, new = {"a": {"x": 1, "y": 2}, "b": 3, "c": 1}, {"a": {"x": 1, "y": 5}, "b": 3, "d": 2}
-    assert list(changed_keys(old, new)) == [("a.y", 2, 5), ("c", 1, None), ("d", None, 2)]
-
-
-def section_of_data(values: dict) -> dict:
-    return {key: value for key, value in values.items() if key.startswith("data.")}
+def test_changed_options(tmp_path):
+    now = load(tmp_path, "seed: 3\ndata: {count: 5, rate: 0.1}")
+    before = as_dict(now) | {"seed": 4, "gone": 1}
+    before["data"] |= {"count": 2, "lost": 6}
+    now.new = 7
+    assert changed_options(before, now) == [("data.count", 2, 5), ("data.lost", 6, None), ("gone", 1, None),
+                                            ("new", None, 7), ("seed", 4, 3)]
 
 
 def test_a_run_from_before_an_option_has_its_default(tmp_path):
     now = load(tmp_path, "data: {count: 5, rate: 0.1}\npretrain: {epochs: 3}")
     before = as_dict(now)
     del before["data"]["pair"], before["threads"]
-    assert changed_keys(with_defaults(before, now), as_dict(now)) == []
-    assert ("data.pair", None, [0.9, 0.999]) in changed_keys(before, as_dict(now))  # so it was lacking indeed
+    assert changed_options(before, now) == []
 
     now.data.pair, now.threads = (0.5, 0.5), 2  # an option that the old run had not, and that is not at its default now
-    assert changed_keys(with_defaults(before, now), as_dict(now)) == [("data.pair", [0.9, 0.999], [0.5, 0.5]), ("threads", 0, 2)]
+    changed = [("data.pair", [0.9, 0.999], [0.5, 0.5]), ("threads", 0, 2)]
+    assert changed_options(before, now) == changed
 
     for lacking in ({key: value for key, value in before.items() if key != "data"}, before | {"data": None}):
-        assert section_of_data(with_defaults(lacking, now)) == section_of_data(defaults_of({"data": Options}))
+        assert changed_options(lacking, now) == [("data.count", 3, 5), ("data.pair", [0.9, 0.999], [0.5, 0.5]),
+                                                 ("data.rate", 0.5, 0.1), ("threads", 0, 2)]
     other = {"segment": {"lr": 3}, "gone": 1}  # what this script does not declare stays
-    assert with_defaults(before | other, now) == with_defaults(before, now) | {"segment.lr": 3, "gone": 1}
+    assert changed_options(before | other, now) == sorted([*changed, ("segment.lr", 3, None), ("gone", 1, None)])
     assert "segment" not in before
 
 
@@ -293,8 +294,8 @@ def test_an_option_that_had_another_name_once_still_counts(tmp_path):
         assert config.finetune.pooling == pooling
     saved = as_dict(config)
     del saved["finetune"]["pooling"]
-    assert changed_keys(with_defaults(saved | {"finetune": saved["finetune"] | {"mean_pool": False}}, config), as_dict(config)) == []
-    old = with_defaults(saved | {"finetune": saved["finetune"] | {"mean_pool": True}}, config)
-    assert changed_keys(old, as_dict(config)) == [("finetune.pooling", "mean", "cls")]
+    assert changed_options(saved | {"finetune": saved["finetune"] | {"mean_pool": False}}, config) == []
+    old = saved | {"finetune": saved["finetune"] | {"mean_pool": True}}
+    assert changed_options(old, config) == [("finetune.pooling", "mean", "cls")]
     with pytest.raises(UserError, match="'finetune.pooling' in the command line must be one of cls, mean, not 3"):
         load_config(finetune.SECTIONS, [str(tmp_path / "c.yaml"), "finetune.mean_pool=3"])
