@@ -9,8 +9,7 @@ import os
 import signal
 import sys
 import time
-import typing
-from typing import Any, Callable
+from typing import Any, Callable, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -108,14 +107,14 @@ def about_machine(error: Exception) -> str:
     return next((sentence for words, sentence in MACHINE if any(word in said for word in words)), "")
 
 
-def leave_with_traceback(*error: Any) -> typing.NoReturn:
+def leave_with_traceback(*error: Any) -> NoReturn:
     """An error that nobody foresaw, such as one in code that you have just changed: show where it is, and leave."""
     sys.__excepthook__(*error)
     sys.stdout.flush()
     os._exit(1)  # Python itself would tell loader workers to end by SIGTERM, which they ignore, and wait forever
 
 
-def fail(sentence: str, status: int = 1) -> typing.NoReturn:
+def fail(sentence: str, status: int = 1) -> NoReturn:
     """Say it once and leave. Ranks usually fail alike, so the others wait, and torchrun ends them with the first.
 
     A rank that fails because another one has gone waits too, whatever its number. Where torchrun's SIGTERM was quicker

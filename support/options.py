@@ -12,10 +12,9 @@ import math
 import os
 import sys
 import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -128,7 +127,7 @@ def load_config(sections: dict[str, type], arguments: list[str] | None = None) -
         if section in SECTIONS and section not in kinds:
             kinds[section] = importlib.import_module(section).SECTIONS[section]
     declared = {f"{section}.{name}".lstrip("."): kind for section, fields in kinds.items()
-                for name, kind in typing.get_type_hints(fields, include_extras=True).items()}
+                for name, kind in get_type_hints(fields, include_extras=True).items()}
     for key, text in (change.split("=", 1) for change in changes):
         value = unquoted(text) if is_text(declared.get(key)) else parse_yaml(
             text, f"'{key}={text}' on the command line has no valid value", "write it as in YAML")
@@ -226,8 +225,8 @@ def renamed(values: dict[str, Any]) -> dict[str, Any]:
 def is_text(kind: Any) -> bool:
     """Whether a declared type is text. On the command line it is taken as it stands: YAML would read `photos #2`,
     `*.jpg` and `2024` otherwise."""
-    wrapped = typing.get_origin(kind) in (Annotated, types.UnionType, typing.Union)
-    return kind is str or (wrapped and is_text(typing.get_args(kind)[0]))
+    wrapped = get_origin(kind) in (Annotated, types.UnionType, Union)
+    return kind is str or (wrapped and is_text(get_args(kind)[0]))
 
 
 def unquoted(text: str) -> str:
@@ -236,8 +235,8 @@ def unquoted(text: str) -> str:
 
 def convert(value: Any, kind: Any) -> Any:
     """Check one value against its declared type; the ValueError says what it must be."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (types.UnionType, Union):
         return None if value is None else convert(value, arguments[0])
     if origin is Annotated:
         kind, *limits = arguments

@@ -9,10 +9,9 @@ import json
 import math
 import time
 import types
-import typing
 import warnings
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, NoReturn
 
 import torch
 import yaml
@@ -165,8 +164,7 @@ class Run:
         loader workers do not inherit it. (`flock` would be inherited.) Where a file system has no locks, there is none.
         """
         if self.checkpoint_file.is_dir():
-            raise UserError(f"'{self.checkpoint_file}' is a folder, and the checkpoint must go there: move it away, or "
-                            f"choose another output_dir")
+            self.refuse("is a folder, and the checkpoint must go there", "move it away")
         self.config_file = open(self.folder / "config.yaml", "a")
         try:
             if fcntl:
@@ -177,6 +175,10 @@ class Run:
         except OSError:
             pass
         return self.checkpoint_file.is_file()
+
+    def refuse(self, what: str, advice: str) -> NoReturn:
+        """What lies in the place of this run's checkpoint is not its own."""
+        raise UserError(f"'{self.checkpoint_file}' {what}: {advice}, or start anew with another output_dir")
 
     def claim_folder(self) -> None:
         """For a stage that takes no steps, instead of `begin`, and before it computes: see that its results will
@@ -192,37 +194,33 @@ class Run:
     def compare_config(self, state: dict, *needed: str) -> None:
         """UserError if a checkpoint of this folder lacks an entry or was made with another configuration."""
         if missing := {"config", *needed} - state.keys():
-            raise UserError(f"'{self.checkpoint_file}' is no checkpoint of this stage (it lacks "
-                            f"{', '.join(sorted(missing))}): move it away, or choose another output_dir")
+            self.refuse(f"is no checkpoint of this stage (it lacks {', '.join(sorted(missing))})", "move it away")
         # How the tokenizer was trained is the business of its own stage: its shape is checked when it is loaded.
         differences = [f"{key} was {old!r} and is {new!r}"
                        for key, old, new in changed_options(state["config"], self.config)
                        if key.split(".")[-1] not in FREE_TO_CHANGE
                        and (self.stage == "tokenizer" or key.split(".")[0] != "tokenizer")]
         if differences:
-            raise UserError(f"'{self.checkpoint_file}' was made with another configuration ({'; '.join(differences)}): "
-                            f"go back to it to continue, or start anew with another output_dir")
+            self.refuse(f"was made with another configuration ({'; '.join(differences)})", "go back to it to continue")
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def resume(self, state: dict) -> None:
-        file, anew = f"'{self.checkpoint_file}'", "start anew with another output_dir"
         self.compare_config(state, "steps_per_epoch", "scaler", *self.progress(), *self.parts)
         for name, here in self.notes.items():  # before the steps: another list of classes says more than their number
             if state.get(name, here) != here:
-                raise UserError(f"{file} was made for the {name} {shortened(state[name])}, and the data have "
-                                f"{shortened(here)}: go back to these to continue, or {anew}")
+                self.refuse(f"was made for the {name} {shortened(state[name])}, and the data have {shortened(here)}",
+                            "go back to these to continue")
         if state["steps_per_epoch"] != self.steps_per_epoch:
-            raise UserError(f"{file} was made with {state['steps_per_epoch']} steps per epoch, and these training "
-                            f"images make {self.steps_per_epoch}: go back to the same images to continue, or {anew}")
+            self.refuse(f"was made with {state['steps_per_epoch']} steps per epoch, and these training images make "
+                        f"{self.steps_per_epoch}", "go back to the same images to continue")
         # Else a probe of unfinished pre-training would later pass for one of the finished one.
         if state.get("source", self.source_digest) != self.source_digest:
-            raise UserError(f"{file} began from weights that '{self.source}' does not hold any more, because that "
-                            f"stage has gone on or was run anew: remove the folder '{self.folder}' to begin from the "
-                            f"weights of now, or choose another output_dir")
+            self.refuse(f"began from weights that '{self.source}' does not hold any more, because that stage has gone "
+                        f"on or was run anew", f"remove the folder '{self.folder}' to begin from the weights of now")
         for name, part in self.parts.items():  # what does not fit is mostly another number of classes
-            with explained(f"{file} does not fit this {name}", f"go back to the same data set to continue, or {anew}",
-                           RuntimeError, ValueError):
+            with explained(f"'{self.checkpoint_file}' does not fit this {name}", "go back to the same data set to "
+                           "continue, or start anew with another output_dir", RuntimeError, ValueError):
                 part.load_state_dict(state[name])
         if state["scaler"]:  # empty if that part of the run needed none
             self.scaler.load_state_dict(state["scaler"])
@@ -322,7 +320,7 @@ class Run:
         self.recent_losses = values.get("loss", [])
         return values
 
-    def interrupt(self) -> typing.NoReturn:
+    def interrupt(self) -> NoReturn:
         self.read_finite()
         self.save()
         raise Interrupted(f"{self.stage} is saved at step {self.step} of {self.total_steps} in "
