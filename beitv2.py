@@ -911,6 +911,15 @@ def model_state(content: dict, source: str) -> dict[str, Tensor]:
     return tensors
 
 
+def as_backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a fine-tuned model, for a backbone.
+
+    A model that classifies the mean of its patches norms after pooling, and a backbone norms before it. So the norm
+    that it has takes the place of the one that it lacks. Other weights stay as they are.
+    """
+    return {name.replace("fc_norm.", "norm."): value for name, value in state.items()}
+
+
 @torch.no_grad()
 def load_pretrained(model: nn.Module, checkpoint: str | Path | dict, source: str | None = None) -> LoadReport:
     """Load a checkpoint (a path, or a dictionary already read) into any model of this project.

@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from beitv2 import (POOLINGS, Classifier, ModelConfig, ModelError, VisionTransformer, load_pretrained, model_state,
-                    read_model)
+from beitv2 import (POOLINGS, Classifier, ModelConfig, ModelError, VisionTransformer, as_backbone, load_pretrained,
+                    model_state, read_model)
 from data import DataConfig, TrainSamples, ValSamples, normalize, to_unit
 from support.datasets import open_datasets, open_val_folder, require_labels
 from support.errors import UserError
@@ -506,10 +506,8 @@ def load_weights(config, model: nn.Module, classes: list[str] | None = None) -> 
     content = read_model(path, "model", config.model)
     say_if_unfinished(content, path)
     state = model_state(content, str(path))
-    if classes is None and "fc_norm.weight" in state:
-        # A fine-tuned model norms after pooling. Here it serves as a backbone, and a backbone norms before pooling. So
-        # the norm that it has takes the place of the one that it lacks.
-        state = {name.replace("fc_norm.", "norm."): value for name, value in state.items()}
+    if classes is None:
+        state = as_backbone(state)
     head = []
     if classes is not None and (names := class_names(config, content, state, path)) != classes:
         head = [name for name in state if name.startswith("head.")]

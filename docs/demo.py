@@ -16,7 +16,9 @@ import pretrain  # noqa: E402
 import tokenizer  # noqa: E402
 import visualize  # noqa: E402
 from beitv2 import ModelError  # noqa: E402
+from support.figures import figures_of, shown  # noqa: E402
 from support.launch import launch  # noqa: E402
+from support.options import load_config  # noqa: E402
 from support.processes import say  # noqa: E402
 
 # What is done, by which script with which options, and its share of the time in per cent.
@@ -34,6 +36,10 @@ STEPS = [
 ]
 
 
+# What HOG teaches: the same commands with seed 0 and tokenizer.teacher=hog, which docs/results.md describes.
+HOG = Path(__file__).resolve().parent / "demo" / "hog-0"
+
+
 def main() -> None:
     arguments, start, done = sys.argv[1:], time.monotonic(), 0
     total = sum(share for *_, share in STEPS)
@@ -46,6 +52,15 @@ def main() -> None:
         sys.argv = [f"{script.__name__}.py", *arguments, *options]
         script.main()
         done += share
+    compare_teachers(Path(load_config(visualize.SECTIONS).output_dir))
+
+
+def compare_teachers(folder: Path) -> None:
+    """Print what this run has reached beside what the same run reached with HOG's codes."""
+    here, hog = figures_of(folder), figures_of(HOG)
+    say(f"\nDo the codes decide what the student learns?\n{'pre-trained on the codes of':<26}{'this run':>12}{'HOG':>14}")
+    for title in (title for title in here if title in hog and title.endswith("%")):
+        say(f"{title.removesuffix(' %'):<26}{shown(title, here[title]):>10} %{shown(title, hog[title]):>12} %")
 
 
 if __name__ == "__main__":

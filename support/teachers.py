@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-from beitv2 import (SIZES, LoadReport, ModelConfig, ModelError, VisionTransformer, load_pretrained, model_state,
-                    read_checkpoint)
+from beitv2 import (SIZES, LoadReport, ModelConfig, ModelError, VisionTransformer, as_backbone, load_pretrained,
+                    model_state, read_checkpoint)
 from support.errors import UserError, explained, one_line
 from support.files import fetch, file_sha256, save_atomically
 from support.frozen import digest
@@ -275,22 +275,28 @@ def uses_quick_gelu(choice: str, path: Path, openai_sha256: str) -> bool:
 
 
 def open_beitv2(config) -> Teacher:
-    """One of our own pre-trained checkpoints, which says what its backbone is."""
-    if not config.tokenizer.teacher_weights:
-        raise UserError("the teacher 'beitv2' needs a pre-trained checkpoint: set tokenizer.teacher_weights=PATH")
-    path = fetch(config.tokenizer.teacher_weights, "tokenizer.teacher_weights")
+    """A checkpoint of our own, pre-trained or fine-tuned, which says what its backbone is."""
+    weights = config.tokenizer.teacher_weights
+    if not weights:
+        raise UserError("the teacher 'beitv2' needs a checkpoint of ours: set tokenizer.teacher_weights=PATH")
+    return open_checkpoint(config, fetch(weights, "tokenizer.teacher_weights"))
+
+
+def open_checkpoint(config, path: Path) -> Teacher:
     content = read_checkpoint(path)
     try:
         model = ModelConfig(**content["config"]["model"])
         shape = model.backbone(grid_of(config) * model.patch_size)
     except (KeyError, TypeError):  # another program's file may hold anything under these names
-        raise UserError(f"'{path}' does not say what model it holds: the teacher 'beitv2' must be a checkpoint "
-                        f"that pretrain.py wrote") from None
+        raise UserError(f"'{path}' does not say what model it holds: the teacher '{config.tokenizer.teacher}' must be "
+                        f"a checkpoint that pretrain.py or finetune.py wrote") from None
     backbone = VisionTransformer(**shape)
-    say(load_pretrained(backbone, content, source=str(path)))
+    state = as_backbone(model_state(content, str(path)))
+    say(load_pretrained(backbone, state, source=str(path)))
     return Teacher(backbone, data.IMAGENET_MEAN, data.IMAGENET_STD)
 
 
+SHAPES_TEACHER = Path(__file__).parent / "shapes_teacher.pt"  # configs/shapes_teacher.yaml says how it was made
 OPENAI_SHA256 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
 OPENAI_URL = f"https://openaipublic.azureedge.net/clip/models/{OPENAI_SHA256}/ViT-B-16.pt"
 DINO_URL = "https://dl.fbaipublicfiles.com/dino/{0}_pretrain/{0}_pretrain.pth"
@@ -314,6 +320,7 @@ TEACHERS = {
     "hog": lambda config: HOG(config.model.patch_size),
     "pixels": lambda config: Pixels(config.model.patch_size),
     "beitv2": open_beitv2,
+    "shapes": lambda config: open_checkpoint(config, SHAPES_TEACHER),
 }
 
 

@@ -21,11 +21,14 @@ from torchvision import models
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import beitv2  # noqa: E402
+import data  # noqa: E402
+import finetune  # noqa: E402
 import tokenizer  # noqa: E402
+from support.datasets import open_datasets  # noqa: E402
 from support.errors import UserError  # noqa: E402
 from support.files import file_sha256  # noqa: E402
 from support.options import load_config  # noqa: E402
-from support.teachers import (HOG, TEACHERS, Pixels, Teacher, about_teacher, convert_archive,  # noqa: E402
+from support.teachers import (HOG, SHAPES_TEACHER, TEACHERS, Pixels, Teacher, about_teacher, convert_archive,  # noqa: E402
                               interpolate_positions, open_teacher, read_weights, rename_clip_keys, rename_dino_keys)
 
 CODE = Path(__file__).parent.parent
@@ -309,7 +312,7 @@ def test_a_student_that_another_program_wrote_is_refused(tmp_path, content):
     config = read_config("tokenizer.teacher=beitv2", f"tokenizer.teacher_weights={tmp_path / 'student.pt'}")
     with pytest.raises(UserError, match="student.pt' does not say what model it holds"):
         open_teacher(config)
-    with pytest.raises(UserError, match="needs a pre-trained checkpoint: set tokenizer.teacher_weights=PATH"):
+    with pytest.raises(UserError, match="needs a checkpoint of ours: set tokenizer.teacher_weights=PATH"):
         open_teacher(read_config("tokenizer.teacher=beitv2"))
 
 
@@ -327,6 +330,38 @@ def test_a_student_of_ours_is_a_teacher(tmp_path):
         expected = student.features((images - torch.tensor(teacher.mean).view(3, 1, 1))
                                     / torch.tensor(teacher.std).view(3, 1, 1))
     assert torch.allclose(teacher(images), expected[:, 1:], atol=1e-5) and teacher.output_dim == 8
+
+
+def test_a_fine_tuned_model_of_ours_is_a_teacher(tmp_path):
+    """It norms the mean of its patches; as a teacher it norms each patch, with the same norm."""
+    torch.manual_seed(0)
+    section = dict(embed_dim=8, depth=1, num_heads=2, patch_size=4, abs_pos_embed=True)
+    model = beitv2.Classifier(3, **beitv2.ModelConfig(**section).backbone(24))
+    torch.nn.init.normal_(model.fc_norm.weight)
+    torch.save({"model": model.state_dict(), "config": {"model": section}}, tmp_path / "model.pt")
+    teacher = open_teacher(read_config("tokenizer.teacher=beitv2", "data.image_size=48", "model.patch_size=8",
+                                       f"tokenizer.teacher_weights={tmp_path / 'model.pt'}"))
+    images = torch.rand(2, 3, 24, 24)
+    with torch.no_grad():
+        expected = model.fc_norm(model.features(data.normalize(images))[:, 1:])
+    assert torch.allclose(teacher(images), expected, atol=1e-5)
+
+
+def test_the_teacher_of_the_demo_knows_the_shapes():
+    """Its file is small, fits the demo's patches, and was trained on what the drawing program draws today."""
+    assert SHAPES_TEACHER.stat().st_size <= 10**6
+    config = read_config("data.train_images=300", "data.val_images=200")
+    teacher, features, labels = open_teacher(config), [], []
+    for dataset in open_datasets(config.data):
+        samples = data.ValSamples(dataset, config.data.image_size)
+        images = torch.stack([samples[i]["image"] for i in range(len(samples))])
+        features.append(teacher(data.to_unit(images)))  # [n, N, D]
+        labels.append(torch.from_numpy(dataset.labels))
+    assert features[0].shape[1:] == (16, teacher.output_dim)
+    bank, queries = (part.mean(dim=1) for part in features)
+    assert finetune.knn_accuracy(bank, labels[0], queries, labels[1]) > 0.95
+    patch = [F.normalize(part[:, 5], dim=1) for part in features]  # one patch alone tells the shape too
+    assert finetune.knn_accuracy(patch[0], labels[0], patch[1], labels[1]) > 0.5
 
 
 # -- Modules of the user's own ------------------------------------------------------------------------------------
