@@ -307,11 +307,12 @@ class Run:
         With fp16 the gradient may be infinite: the scaler has skipped that step.
         """
         values = self.metrics.read()
-        losses = [loss for loss in self.recent_losses + values.get("loss", []) if math.isfinite(loss)][-5:]
         for name in ("loss",) if self.scaler.is_enabled() else ("loss", "grad_norm"):
             broken = [not math.isfinite(value) for value in values.get(name, [])]
             if any(broken):
-                step = self.step - len(broken) + broken.index(True) + 1
+                first = broken.index(True)
+                step = self.step - len(broken) + first + 1
+                losses = [*self.recent_losses, *values["loss"][:first]][-5:]
                 advice = f"start anew in another output_dir with a lower {self.section}.lr or a longer warm-up"
                 if self.precision.name != "fp32" and self.saved_step:
                     advice += f", or go on from the checkpoint of step {self.saved_step} with precision=fp32"

@@ -425,6 +425,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_step(tmp_path, row
     assert text.split("before: ")[1].split(")")[0].count(", ") + 1 == {1: 2, 3: 2, 6: 5}[step]
 
 
+def test_the_losses_that_are_told_come_before_the_broken_one(tmp_path):
+    """With fp16 the scaler skips the step, so the losses after it are finite again."""
+    run = toy_run(tmp_path, poison={(0, 9): math.nan}, precision="fp16", log_every=6)
+    with pytest.raises(UserError, match=r"not finite at step 3 \(the losses before: [\d.]+, [\d.]+\)"):
+        toy_train(run)
+
+
 def test_an_infinite_gradient_never_reaches_a_checkpoint(tmp_path):
     """A finite loss can have a gradient that is not (a square root at 0). Without a scaler to skip the step, the weights
     are gone after it, so the run must end before it saves them."""
