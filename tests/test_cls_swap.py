@@ -16,17 +16,17 @@ from support.cls_swap import another_image, hits_by_cls, predict  # noqa: E402
 @pytest.fixture
 @torch.no_grad()
 def given():
-    """A model of random weights whose head heeds [CLS], seven images, three hidden patches of each, and their ids."""
+    """A model of random weights whose head heeds [CLS], seven images, eight hidden patches of each, and their ids."""
     torch.manual_seed(0)
-    model = MaskedImageModel(vocab_size=9, early_layers=1, head_layers=2, image_size=16, patch_size=4, embed_dim=16,
+    model = MaskedImageModel(vocab_size=4, early_layers=1, head_layers=2, image_size=16, patch_size=4, embed_dim=16,
                              depth=3, num_heads=2, rel_pos_bias="shared").eval()
     for parameter in model.parameters():
         parameter.normal_()
     model.rel_pos_bias.relative_position_bias_table[-2] = 20  # patches attend to [CLS] above all
-    masked = torch.stack([torch.randperm(16)[:3].sort().values for _ in range(7)])
+    masked = torch.stack([torch.randperm(16)[:8].sort().values for _ in range(7)])
     images = (torch.rand(7, 3, 1, 1) * 200 + torch.rand(7, 3, 16, 16) * 55).byte()  # each has a colour of its own
     ids = by_hand(model, images, masked, lambda cls: cls)  # most are right with the own [CLS]
-    return model, images, masked, torch.where(torch.rand(7, 3) < 0.2, 0, ids)
+    return model, images, masked, torch.where(torch.rand(7, 8) < 0.2, 0, ids)
 
 
 def by_hand(model, images, masked, change):

@@ -18,7 +18,7 @@ import pretrain  # noqa: E402
 import tokenizer as vqkd  # noqa: E402
 import visualize  # noqa: E402
 from beitv2 import Classifier, MaskedImageModel, VisionTransformer, take  # noqa: E402
-from support.cls_swap import another_image, hits_by_cls  # noqa: E402
+from support.cls_swap import another_image  # noqa: E402
 from support.datasets import Shapes  # noqa: E402
 from support.errors import UserError  # noqa: E402
 from support.pixel_decoder import train_pixel_decoder  # noqa: E402
@@ -245,23 +245,35 @@ def test_purity_of_images_that_were_not_drawn_is_not_shown(parts):
 # -- [CLS] --------------------------------------------------------------------------------------------------------
 
 
-def test_the_bars_and_pictures_of_cls_are_its_hits(parts):
+def test_the_bars_and_pictures_of_cls_are_its_hits(parts, monkeypatch):
     wanted, seen, models = parts
-    for parameter in models.pretrained.parameters():
-        parameter.data.normal_()
-    masked = masks(12, wanted)
-    ids = take(models.ids.flatten(1), masked)
-    hits = hits_by_cls(models.pretrained, [(seen.images, masked, ids)], torch.ones(12, dtype=torch.bool))
+    generator, asked = torch.Generator().manual_seed(0), []
+    hits = {name: torch.rand(12, 5, generator=generator) < share for name, share in (
+        ("mim_accuracy", 0.9), ("cls_accuracy", 0.7), ("cls_accuracy_swapped", 0.5), ("cls_accuracy_mean", 0.3))}
+    assert len({float(hit.float().mean()) for hit in hits.values()}) == 4
+    monkeypatch.setattr(visualize, "hits_by_cls", lambda model, batches, readable: asked.extend(batches) or hits)
     page = visualize.cls_section(*parts)
-    for name in ("cls_accuracy", "cls_accuracy_swapped", "cls_accuracy_mean"):
-        assert f">{100 * hits[name].float().mean():.1f} %</text>" in page
+
+    masked = masks(12, wanted)
+    for given, expected in zip(zip(*asked, strict=True), (seen.images, masked, take(models.ids.flatten(1), masked))):
+        assert torch.equal(torch.cat(given), expected)
+    shares = [f"{100 * hits[name].float().mean():.1f} %" for name in hits]
+    assert re.findall(r">([\d.]+ %)</text>", page) == shares[1:] and f"The backbone names {shares[0]}" in page
+    lost = (hits["cls_accuracy"].sum(dim=1) - hits["cls_accuracy_swapped"].sum(dim=1)) / 0.05  # of five, in points
+    assert f"Own less foreign: {lost.mean():.2f} ± {lost.std() / 12**0.5:.2f} points" in page
     chosen, givers = visualize.shown_images(wanted, seen), another_image(12)
-    for i in chosen:
-        assert f"<figcaption>its own [CLS]: {int(hits['cls_accuracy'][i].sum())} right</figcaption>" in page
-        assert f"<figcaption>with its [CLS]: {int(hits['cls_accuracy_swapped'][i].sum())} right</figcaption>" in page
-        name = html.escape(seen.caption(int(givers[i])))
-        assert f"<figcaption>another image: {name}</figcaption>" in page
-    assert page.count("<img ") == 4 * 4 and "<dog>" not in page
+    expected = [text for i in chosen for text in (
+        seen.caption(i), f"its own [CLS]: {int(hits['cls_accuracy'][i].sum())} right",
+        f"another image: {seen.caption(int(givers[i]))}",
+        f"with its [CLS]: {int(hits['cls_accuracy_swapped'][i].sum())} right")]
+    assert re.findall("<figcaption>(.*?)</figcaption>", page) == [html.escape(text) for text in expected]
+    assert page.count("<img ") == 4 * 4
+
+
+def test_the_page_asks_the_model_itself(parts):
+    """In float32 on the page's images, with the model's own head."""
+    shares = re.findall(r">([\d.]+) %</text>", visualize.cls_section(*parts))
+    assert len(shares) == 3 and all(0 <= float(share) <= 100 for share in shares)
 
 
 def test_a_model_without_a_head_has_no_cls_to_exchange(parts):
