@@ -15,6 +15,7 @@ metrics.jsonl, config.yaml, and overlays/NAME.png: image, truth and prediction s
 OUTPUT_DIR/predict_masks/.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -45,7 +46,7 @@ from support.pictures import paint
 from support.precision import Precision
 from support.processes import all_reduce_sum, broadcast_buffers, gather_in_order, say, setup_distributed, world_size
 from support.run import Run, shortened
-from support.use import from_all_ranks, output_folder, refuse_unreadable, restored
+from support.use import OrError, from_all_ranks, output_folder, refuse_unreadable, restored
 
 
 IGNORE = 255  # the label, inside this file, of pixels that count for nothing
@@ -128,14 +129,12 @@ class AnnotatedFolder(Images):
         if labels.ndim != 2:
             raise UserError(f"the annotation '{path}' is a colour picture: it must be a PNG of one channel (grey or "
                             f"palette) that holds class numbers")
-        labels = labels.astype(np.int64)
-        ignored = labels == self.cfg.ignore_index
-        if self.cfg.reduce_zero_label:
-            ignored |= labels == 0
-            labels = labels - 1
+        first = int(self.cfg.reduce_zero_label)  # the number of the first class
+        labels = labels.astype(np.int64) - first
+        ignored = (labels < 0) | (labels == self.cfg.ignore_index - first)
         wrong = labels[~ignored & (labels >= len(self.cfg.classes))]
         if wrong.size:
-            raise UserError(f"the annotation '{path}' has the label {wrong[0] + self.cfg.reduce_zero_label}, but "
+            raise UserError(f"the annotation '{path}' has the label {wrong[0] + first}, but "
                             f"segment.classes names {len(self.cfg.classes)} classes: complete the list, or set "
                             f"segment.ignore_index or segment.reduce_zero_label (masks of 0 and 255 must hold 0 and 1)")
         return np.where(ignored, IGNORE, labels).astype(np.uint8)
@@ -156,13 +155,16 @@ def open_split(config, split: Literal["train", "val"]) -> "AnnotatedFolder | Sha
     if not 1 < len(cfg.classes) < IGNORE:
         raise UserError(f"segment.classes lists {len(cfg.classes)} names: list those of the annotations' classes, 254 "
                         f"at most")
-    folder = {"train": cfg.train_split, "val": cfg.val_split}[split]
-    return AnnotatedFolder(config.data.root, folder, cfg)
+    return AnnotatedFolder(config.data.root, cfg.train_split if split == "train" else cfg.val_split, cfg)
 
 
 def load_pair(dataset, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-    """uint8 image [3, H, W] and labels [H, W]: two tensors that torchvision's transforms treat alike."""
-    image, labels = TF.to_image(dataset.load(index)), torch.from_numpy(dataset.segmentation(index))
+    """uint8 image [3, H, W] and labels [H, W]: two tensors that torchvision's transforms treat alike. Of an image
+    without annotation all pixels are unlabelled."""
+    image = TF.to_image(dataset.load(index))
+    if not hasattr(dataset, "segmentation"):
+        return image, tv_tensors.Mask(torch.full(image.shape[1:], IGNORE, dtype=torch.uint8))
+    labels = torch.from_numpy(dataset.segmentation(index))
     require_same_size(dataset.name(index), image.shape[1:], labels.shape)
     return image, tv_tensors.Mask(labels)
 
@@ -175,12 +177,11 @@ def require_same_size(path: str, image: tuple[int, int], labels: tuple[int, int]
     """
     if tuple(image) == tuple(labels):
         return
-    tag, turned, advice = read_header(path)[1], "", "make them agree, or remove both"
-    if tag != 1:
-        turned = f" when it is turned as its EXIF orientation tag ({tag}) says"
+    tag, advice = read_header(path)[1], "make them agree, or remove both"
+    turned = f" when it is turned as its EXIF orientation tag ({tag}) says" if tag != 1 else ""
     if tuple(image) == tuple(labels[::-1]):
-        advice = "they are turned against each other, so turn the annotation" + (
-            ", or save the image as it is stored but without the EXIF tag" if tag != 1 else " or the image")
+        other = "save the image as it is stored but without the EXIF tag" if turned else "the image"
+        advice = f"they are turned against each other, so turn the annotation, or {other}"
     raise UserError(f"'{path}' has {image[1]} x {image[0]} pixels{turned}, but its annotation has {labels[1]} x "
                     f"{labels[0]}: {advice}")
 
@@ -205,11 +206,10 @@ class Surveyed(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict:
-        labels, path, tag = torch.from_numpy(self.dataset.segmentation(index)), self.dataset.name(index), 1
-        try:
+        labels, path = torch.from_numpy(self.dataset.segmentation(index)), self.dataset.name(index)
+        size, tag = labels.shape, 1
+        with contextlib.suppress(Exception):  # whoever needs the pixels of an image will say if it cannot be read
             size, tag = read_header(path)
-        except Exception:  # what to do with an image that cannot be read is for those to say who need its pixels
-            size = labels.shape
         require_same_size(path, size, labels.shape)
         return {"counts": labels.flatten().bincount(minlength=256), "tag": tag}
 
@@ -222,23 +222,21 @@ def survey(run: Run, dataset: "AnnotatedFolder | Shapes", kind: Literal["trainin
     """
     if not isinstance(dataset, AnnotatedFolder):
         return
-    cfg, number = run.config.segment, min(2000, len(dataset))
-    chosen = torch.linspace(0, len(dataset) - 1, number).long().tolist()
+    cfg, chosen = run.config.segment, evenly_chosen(len(dataset), 2000)
     mine = list(ValLoader(Surveyed(dataset), 32, workers=run.config.data.workers, indices=chosen))
-    counts, tags = (gather_in_order(torch.cat([batch[name] for batch in mine]).to(run.device), number).cpu()
+    counts, tags = (gather_in_order(torch.cat([batch[name] for batch in mine]).to(run.device), len(chosen)).cpu()
                     for name in ("counts", "tag"))
     counts = counts.sum(dim=0)
-
     occurring = counts[:len(cfg.classes)] > 0
-    ignored = f"{100 * counts[IGNORE] / counts.sum():.3g} % of the pixels are ignored ({cfg.ignore_index}"
-    ignored += " and 0)" if cfg.reduce_zero_label else ")"
+    numbers = f"{cfg.ignore_index} and 0" if cfg.reduce_zero_label else cfg.ignore_index
+    ignored = f"{100 * counts[IGNORE] / counts.sum():.3g} % of the pixels are ignored ({numbers})"
     if occurring.sum() < {"training": 2, "validation": 1}[kind]:
         only = f"no class but '{cfg.classes[occurring.int().argmax()]}'" if occurring.any() else "no labelled pixel"
         raise UserError(f"the {kind} annotations in '{dataset.annotations}' have {only}, and {ignored}: give each "
                         f"class its number (masks of 0 and 255 must hold 0 and 1), or set segment.ignore_index to the "
                         f"number of unlabelled pixels")
-    of_all = f"of {len(dataset)} " if number < len(dataset) else ""
-    say(f"{kind}: {number} {of_all}annotations have {occurring.sum()} of {len(cfg.classes)} classes, and {ignored}")
+    of_all = f"of {len(dataset)} " if len(chosen) < len(dataset) else ""
+    say(f"{kind}: {len(chosen)} {of_all}annotations have {occurring.sum()} of {len(cfg.classes)} classes, and {ignored}")
     if absent := [name for name, occurs in zip(cfg.classes, occurring) if not occurs]:
         say(f"note: no {kind} pixel has the class {shortened([repr(name) for name in absent])}")
     # Where the size fits, nobody can tell which way an annotation was drawn: so this is no error.
@@ -279,7 +277,11 @@ class CropSamples(data.SeededSamples):
         image, labels = self.crop(image, labels)
         if torch.rand(()) < 0.5:
             image, labels = TF.horizontal_flip(image), TF.horizontal_flip(labels)
-        image, labels = pad(self.distort(image), labels, self.cfg.crop_size)
+        # Fill up at the right and the bottom: the image with the mean colour, the labels with what counts for nothing.
+        height, width = labels.shape
+        margins = [0, 0, max(0, self.cfg.crop_size - width), max(0, self.cfg.crop_size - height)]
+        image = TF.pad(self.distort(image), margins, fill=[round(255 * mean) for mean in data.IMAGENET_MEAN])
+        labels = TF.pad(labels, margins, fill=IGNORE)
         return {"image": image.as_subclass(Tensor), "labels": labels.as_subclass(Tensor), "index": index,
                 "unreadable": unreadable}
 
@@ -294,16 +296,8 @@ class CropSamples(data.SeededSamples):
         return tv_tensors.Image(image[:, top:top + size, left:left + size]), tv_tensors.Mask(window)
 
 
-def pad(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Fill up to size x size at the right and the bottom: the image with the mean colour, the labels with IGNORE."""
-    height, width = labels.shape
-    margins = [0, 0, max(0, size - width), max(0, size - height)]
-    grey = [round(255 * mean) for mean in data.IMAGENET_MEAN]
-    return TF.pad(image, margins, fill=grey), TF.pad(labels, margins, fill=IGNORE)
-
-
 class WholeSamples(Dataset):
-    """samples[index]: a validation image, scaled to fit, uint8 [3, h, w], and its labels as they are, uint8 [H, W]."""
+    """samples[index]: a whole image, scaled to fit, uint8 [3, h, w], and its labels as they are, uint8 [H, W]."""
 
     def __init__(self, dataset, cfg: SegmentConfig):
         self.dataset, self.cfg = dataset, cfg
@@ -487,18 +481,18 @@ def segmentation_figures(confusion: Tensor) -> dict:
 
 
 @torch.no_grad()
-def evaluate(run: Run, model: Segmenter, loader, classes: list[str], painted: set[int]) -> Tensor:
+def evaluate(run: Run, model: Segmenter, loader: ValLoader) -> Tensor:
     """The confusion matrix over all validation images, each at its own resolution, once, however many ranks there are.
 
-    The images whose numbers are in `painted` are also drawn into overlays/, each by the rank that has it.
+    `segment.overlays` of them are also drawn into overlays/, each by the rank that has it.
     """
-    cfg = run.config.segment
+    cfg, painted = run.config.segment, evenly_chosen(len(loader.chosen), run.config.segment.overlays)
     model.eval()
-    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=run.device)
+    confusion = torch.zeros(len(cfg.classes), len(cfg.classes), dtype=torch.int64, device=run.device)
     for sample in loader:
         image, labels = (sample[key].to(run.device, non_blocking=True) for key in ("image", "labels"))
         prediction = segmented(run, model, image, labels.shape, cfg)
-        confusion += confusion_matrix(labels, prediction, len(classes))
+        confusion += confusion_matrix(labels, prediction, len(cfg.classes))
         if sample["index"] in painted:
             picture = run.folder / "overlays" / f"{Path(sample['name']).stem}.png"
             paint(picture, sample["image"], [sample["labels"], prediction.cpu()])
@@ -555,7 +549,6 @@ def train(config) -> None:
     train_set, val_set = open_split(config, "train"), open_split(config, "val")
     say(found(train_set, val_set))
     val_loader = ValLoader(WholeSamples(val_set, cfg), batch_size=None, workers=config.data.workers)
-    painted = evenly_chosen(val_set, cfg.overlays)
     model = Segmenter(len(cfg.classes), cfg.feature_layers, cfg.dropout, drop_path=cfg.drop_path,
                       **config.model.backbone(size))
     source, example = None, (torch.zeros(1, 3, size, size),)
@@ -597,7 +590,7 @@ def train(config) -> None:
                 run.record(lr=lr[step], grad_norm=grad_norm)
 
         broadcast_buffers(model)  # the running statistics of BatchNorm, which on CPU each rank has of its own
-        confusion = evaluate(run, model, val_loader, cfg.classes, painted)
+        confusion = evaluate(run, model, val_loader)
         figures = {name: value for name, value in segmentation_figures(confusion).items() if isinstance(value, float)}
         if not figures["miou"] <= run.best:  # nan too, where no pixel is labelled: there is a best.pt in any case
             run.best = figures["miou"]
@@ -612,28 +605,32 @@ def stage_folder(cfg: SegmentConfig) -> str:
     return "segment_scratch" if cfg.weights == "none" else "segment"
 
 
-def evenly_chosen(dataset, number: int) -> set[int]:
-    return set(torch.linspace(0, len(dataset) - 1, min(number, len(dataset))).long().tolist())
+def evenly_chosen(total: int, number: int) -> list[int]:
+    """The places of `number` of `total` images, or of all if there are fewer."""
+    return torch.linspace(0, total - 1, min(number, total)).long().tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Act 5. Using what was trained. A reader of the method may skip this.
 
 
-def open_segmenter(config, path: Path, content: dict) -> tuple[Segmenter, SegmentConfig]:
-    """The model of a checkpoint of ours, for windows of `segment.crop_size`, and the section that it was trained with.
+def open_segmenter(config, device: torch.device, read=read_checkpoint) -> tuple[Segmenter, SegmentConfig, Path]:
+    """The trained model, for windows of `segment.crop_size`; the section it was trained with; and its file, as `read`.
 
     What the model is, its checkpoint says; how it looks at images, `config` says.
     """
+    cfg = config.segment
+    path = stage_checkpoint(config, stage_folder(cfg), cfg.checkpoint, "segment.checkpoint", "best.pt")
+    content = read(path)
     trained, model_config = restored(SegmentConfig, content, "segment"), restored(ModelConfig, content, "model")
     if trained is None or model_config is None:
         raise UserError(f"'{path}' does not say with which classes it was trained, so segment.py has not written it: "
                         f"name a best.pt or last.pt of segment.py")
     model = Segmenter(len(trained.classes), trained.feature_layers, trained.dropout,
-                      **model_config.backbone(config.segment.crop_size))
+                      **model_config.backbone(cfg.crop_size))
     model.may_be_fresh = ()  # a segmenter with untrained heads has nothing to show
     say(load_pretrained(model, content, source=str(path)))
-    return model.requires_grad_(False).eval(), trained
+    return model.requires_grad_(False).eval().to(device), trained, path
 
 
 def evaluate_only(config) -> None:
@@ -642,35 +639,14 @@ def evaluate_only(config) -> None:
     run = Run(stage_folder(cfg), config, cfg)
     val_set = open_split(config, "val")
     say(found(val_set))
-    path = stage_checkpoint(config, run.stage, cfg.checkpoint, "segment.checkpoint", "best.pt")
-    model, trained = open_segmenter(config, path, read_model(path, "model", config.model))
+    model, trained, path = open_segmenter(config, run.device, lambda path: read_model(path, "model", config.model))
     for key in ("classes", "feature_layers"):
         here, there = list(getattr(cfg, key)), list(getattr(trained, key))
         if there != here:
             raise UserError(f"'{path}' was trained with segment.{key}={there}, not {here}: make them agree")
     survey(run, val_set, "validation")
     val_loader = ValLoader(WholeSamples(val_set, cfg), batch_size=None, workers=config.data.workers)
-    confusion = evaluate(run, model.to(run.device), val_loader, cfg.classes, evenly_chosen(val_set, cfg.overlays))
-    print_table(confusion, cfg.classes)
-
-
-class PhotoSamples(Dataset):
-    """samples[index]: an image, scaled to fit, uint8 [3, h, w], its own size [H, W], and `error`: "", or why it cannot
-    be read, and then there is no image."""
-
-    def __init__(self, images: Images, cfg: SegmentConfig):
-        self.dataset, self.cfg = images, cfg
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict:
-        try:
-            image = data.load_strictly(self.dataset.load, self.dataset, index)
-        except UserError as error:
-            return {"index": index, "error": str(error)}
-        size = list(image.shape[1:])
-        return {"index": index, "error": "", "image": TF.resize(image, scaled_size(*size, self.cfg)), "size": size}
+    print_table(evaluate(run, model, val_loader), cfg.classes)
 
 
 @torch.no_grad()
@@ -682,22 +658,19 @@ def predict(config) -> None:
     """
     cfg, device = config.segment, setup_distributed(config.device, config.threads)
     images = open_files(cfg.images)
-    path = stage_checkpoint(config, stage_folder(cfg), cfg.checkpoint, "segment.checkpoint", "best.pt")
-    model, trained = open_segmenter(config, path, read_checkpoint(path))
-    model.to(device)
+    model, trained, _ = open_segmenter(config, device)
     precision, folder = Precision(config.precision, device), output_folder(config, "predict_masks")
     names, errors = result_names([images.name(i) for i in range(len(images))]), {}
-    for sample in ValLoader(PhotoSamples(images, cfg), batch_size=None, workers=config.data.workers):
+    for sample in ValLoader(OrError(WholeSamples(images, cfg)), batch_size=None, workers=config.data.workers):
         if sample["error"]:
             errors[sample["index"]] = sample["error"]
             continue
-        prediction = segmented(precision, model, sample["image"].to(device), sample["size"], cfg).cpu()
+        prediction = segmented(precision, model, sample["image"].to(device), sample["labels"].shape, cfg).cpu()
         mask, overlay = (folder / kind / f"{names[sample['index']]}.png" for kind in ("masks", "overlays"))
         mask.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((prediction + trained.reduce_zero_label).byte().numpy()).save(mask)
         paint(overlay, sample["image"], [prediction])
-    errors = from_all_ranks(errors)
-    refuse_unreadable(errors, len(images), f"the masks of the others are in '{folder}'")
+    refuse_unreadable(from_all_ranks(errors), len(images), f"the masks of the others are in '{folder}'")
     say(f"masks of {len(images)} images: {folder / 'masks'}; to look at: {folder / 'overlays'}")
 
 

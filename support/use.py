@@ -102,25 +102,23 @@ def open_classifier(config) -> tuple[Classifier, list[str] | None]:
 # --- the loop over images ---------------------------------------------------------------------------------------
 
 
-class OrBlack(Dataset):
-    """samples[index]: `image` as ValSamples gives it, and `error`: "", or why it cannot be read, and the image is
-    black.
+class OrError(Dataset):
+    """samples[index] with an entry more: `error` is "", or why the image cannot be read. The others are then `instead`.
 
     One broken file in a thousand must not take the results of the others.
     """
 
-    def __init__(self, images: Images, image_size: int):
-        self.dataset, self.samples, self.size = images, ValSamples(images, image_size), image_size
+    def __init__(self, samples: Dataset, **instead):
+        self.samples, self.dataset, self.instead = samples, samples.dataset, instead
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict:
         try:
-            return {"image": self.samples[index]["image"], "index": index, "error": ""}
+            return self.samples[index] | {"error": ""}
         except UserError as error:
-            black = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
-            return {"image": black, "index": index, "error": str(error)}
+            return self.instead | {"index": index, "error": str(error)}
 
 
 @torch.no_grad()
@@ -132,8 +130,9 @@ def ask_about(images: Images, config, cfg, device: torch.device, ask: Callable[[
     returns   names of the images; answers by name, each [images, ...] on the CPU, in order, on all ranks; and why the
               other images cannot be read, by their number
     """
-    loader = ValLoader(OrBlack(images, config.data.image_size), cfg.device_batch_size or 64,
-                       workers=min(config.data.workers, len(images)))
+    size = config.data.image_size
+    samples = OrError(ValSamples(images, size), image=torch.zeros(3, size, size, dtype=torch.uint8), label=0, row=0)
+    loader = ValLoader(samples, cfg.device_batch_size or 64, workers=min(config.data.workers, len(images)))
     precision, parts, errors = Precision(config.precision, device), {}, {}
     for batch in loader:
         errors |= {index: error for index, error in zip(batch["index"].tolist(), batch["error"]) if error}
