@@ -35,7 +35,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import data
 from beitv2 import ModelConfig, ModelError, VisionTransformer, load_pretrained, read_checkpoint, read_model
-from support.datasets import SUFFIXES, Images, Shapes, find_images, found, open_dataset, open_files
+from support.datasets import SHAPES, SUFFIXES, Images, find_images, found, open_dataset, open_files
 from support.errors import UserError, one_line
 from support.files import say_if_unfinished, stage_checkpoint
 from support.launch import launch
@@ -140,11 +140,11 @@ class AnnotatedFolder(Images):
         return np.where(ignored, IGNORE, labels).astype(np.uint8)
 
 
-def open_split(config, split: Literal["train", "val"]) -> "AnnotatedFolder | Shapes":
+def open_split(config, split: Literal["train", "val"]) -> Images:
     """Training or validation images with their masks."""
     cfg = config.segment
     if config.data.dataset == "shapes":
-        cfg.classes = ["background", *Shapes.classes]
+        cfg.classes = ["background", *SHAPES]
         return open_dataset(config.data, split)
     if config.data.dataset != "ade20k":
         raise UserError(f"data.dataset: {config.data.dataset} has no masks: set data.dataset to ade20k, for folders "
@@ -214,7 +214,7 @@ class Surveyed(Dataset):
         return {"counts": labels.flatten().bincount(minlength=256), "tag": tag}
 
 
-def survey(run: Run, dataset: "AnnotatedFolder | Shapes", kind: Literal["training", "validation"]) -> None:
+def survey(run: Run, dataset: Images, kind: Literal["training", "validation"]) -> None:
     """Look at a split's annotations before hours are spent on them, and say what is in them: classes, ignored pixels.
 
     UserError if nothing can be learned from them, or measured. An annotation of 680 x 512 pixels takes 10 to 20 ms of

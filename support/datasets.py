@@ -32,12 +32,12 @@ SUFFIXES = (*tv.folder.IMG_EXTENSIONS, ".jfif")  # of image files, in lower case
 HELD_OUT = 0.1  # share of a folder's images that serve for validation where there is no folder for it
 
 
-def open_dataset(config, split: Literal["train", "val"]) -> "Images | Shapes":
+def open_dataset(config, split: Literal["train", "val"]) -> "Images":
     """The data set's `split`; a missing, empty or inconsistent one is a UserError that says what to do."""
     return open_splits(config, split)[0]
 
 
-def open_datasets(config) -> "list[Images] | list[Shapes]":
+def open_datasets(config) -> "list[Images]":
     """Both splits, [train, val], and a line that says what was found. Where there is something to download, one process
     does it while the others wait."""
     if config.download:
@@ -47,14 +47,14 @@ def open_datasets(config) -> "list[Images] | list[Shapes]":
     return splits
 
 
-def open_splits(config, *splits: str) -> "list[Images] | list[Shapes]":
+def open_splits(config, *splits: str) -> "list[Images]":
     if config.dataset == "ade20k":
         raise UserError("data.dataset: ade20k is for segment.py: for the other scripts, set data.dataset to "
                         "imagefolder or to a named data set")
     if config.dataset == "shapes":
         counts = {"train": config.train_images, "val": config.val_images}
         return [Shapes(split, counts[split], config.image_size) for split in splits]
-    root = os.path.expanduser(config.root)
+    root = config.root
     if not os.path.isdir(root) and (os.path.exists(root) or config.dataset == "imagefolder"):
         raise UserError(f"data.root: '{root}' is {'a file' if os.path.exists(root) else 'not there'}: set data.root "
                         f"to the folder that holds the images")
@@ -94,19 +94,16 @@ def open_folder(root: str, *splits: str) -> "list[Images]":
     it. So the same images are held out in any order, in any place, and whatever is added later.
     """
     train_folder, val_folder = os.path.join(root, "train"), os.path.join(root, "val")
+    folders = {"train": train_folder if os.path.isdir(train_folder) else root, "val": val_folder}
     classes, has_val = class_folders(train_folder), os.path.isdir(val_folder)
     if classes and has_val and classes != class_folders(val_folder):
         raise UserError(f"data.root: '{train_folder}' and '{val_folder}' must hold the same class folders, but "
                         f"{differing(classes, class_folders(val_folder))}: add or remove these")
     open_it = open_classes if classes else open_unlabelled
-    opened = []
-    if not has_val or "train" in splits:
-        opened.append(open_it(train_folder if os.path.isdir(train_folder) else root))
-    if not has_val:
-        opened = hold_out(opened[0], root)
-    elif "val" in splits:
-        opened.append(open_it(val_folder))
-    return opened if len(opened) == len(splits) else [opened[split == "val"] for split in splits]
+    if has_val:
+        return [open_it(folders[split]) for split in splits]
+    divided = dict(zip(folders, hold_out(open_it(folders["train"]), root)))
+    return [divided[split] for split in splits]
 
 
 def open_classes(folder: str) -> "Images":
@@ -143,12 +140,12 @@ def hold_out(images: "Images", root: str) -> "list[Images]":
         raise UserError(f"data.root: '{images.title}' holds one image only, and training and validation need one each: "
                         f"add images")
     start = len(os.fsencode(root))
-    numbers = np.array([int.from_bytes(hashlib.sha256(images.path(i)[start:].lstrip(b"/")).digest()[:8], "little")
-                        for i in range(len(images))], dtype=np.uint64)
+    numbers = np.array([int.from_bytes(hashlib.sha256(path[start:].lstrip(b"/")).digest()[:8], "little")
+                        for path in images.sources], dtype=np.uint64)
     held_out = numbers < HELD_OUT * 2.0**64
     held_out[numbers.argmin()], held_out[numbers.argmax()] = True, False
-    train, val = (Images([images.path(i) for i in np.flatnonzero(chosen)], images.labels[chosen], images.classes,
-                         images.title) for chosen in (~held_out, held_out))
+    train, val = (Images(images.sources[chosen], images.labels[chosen], images.classes, images.title)
+                  for chosen in (~held_out, held_out))
     train.passed_over = images.passed_over
     train.total = val.total = len(images)
     val.title += " (held out, by a hash of the name)"
@@ -216,7 +213,7 @@ def find_images(folder: str, nested: bool = True, but: str | None = None) -> tup
 def open_files(pattern: str) -> "Images":
     """The image at a path, those of a folder and its sub-folders, or those that a pattern such as *.jpg finds; `**` is
     any number of folders. Files that are no images are passed over, if it does not name them."""
-    pattern, passed_over = os.path.expanduser(pattern), Counter()
+    passed_over = Counter()
     if os.path.isdir(pattern):
         paths, passed_over = find_images(pattern)
     elif os.path.isfile(pattern):
@@ -243,12 +240,11 @@ def open_files(pattern: str) -> "Images":
     return images
 
 
-def open_val_folder(config) -> "Images | Shapes":
+def open_val_folder(config) -> "Images":
     """What to evaluate: the validation split, or, for an `imagefolder` without training images, the class folders of
     ROOT/val or of ROOT."""
-    root = os.path.expanduser(config.root)
+    root, val_folder = config.root, os.path.join(config.root, "val")
     if config.dataset == "imagefolder" and os.path.isdir(root) and not os.path.isdir(os.path.join(root, "train")):
-        val_folder = os.path.join(root, "val")
         images = open_classes(val_folder if os.path.isdir(val_folder) else root)
     else:
         images = open_dataset(config, "val")
@@ -256,7 +252,7 @@ def open_val_folder(config) -> "Images | Shapes":
     return images
 
 
-def found(*splits: "Images | Shapes") -> str:
+def found(*splits: "Images") -> str:
     """Such as "12,345 images of 37 classes in ROOT/train, 800 in ROOT/val; passed over: 12 .gif, 3 .heic"."""
     first, *others = splits
     classes = f" of {len(first.classes)} class{'es' * (len(first.classes) > 1)}" if first.labelled else \
@@ -275,7 +271,7 @@ def passed_text(over: Counter) -> str:
 class Images:
     """Images, each from a file or from an array that is in memory.
 
-    sources       paths, or one uint8 array [N, H, W] or [N, H, W, 3]
+    sources       paths, or one uint8 array [N, H, W] or [N, H, W, 3] (of Shapes: N numbers)
     labels        N integers, all 0 without classes
     classes       their names; [] for images without labels
     title         where they are, for messages
@@ -284,16 +280,13 @@ class Images:
     """
 
     def __init__(self, sources, labels, classes: list[str], title: str, passed_over: Counter = Counter()):
-        # The paths are one string of bytes instead of a million Python strings. Workers share the memory of the main
-        # process until they write to it. But reading a Python string already writes to it, because Python counts its
+        # The paths are one array of bytes instead of a million Python objects. Workers share the memory of the main
+        # process until they write to it. But reading a Python object already writes to it, because Python counts its
         # references. So each worker would end with a copy of the whole list.
-        self.is_files = not isinstance(sources, np.ndarray)
-        if self.is_files:
-            sources = [os.fsencode(path) for path in sources]
-            self.ends = np.cumsum([len(path) for path in sources])
-            sources = b"".join(sources)
-        self.sources, self.labels = sources, np.asarray(labels, dtype=np.int64)
-        self.classes, self.title, self.passed_over, self.total = classes, title, passed_over, len(self.labels)
+        self.sources = sources if isinstance(sources, np.ndarray) else np.array([os.fsencode(path) for path in sources])
+        self.is_files = self.sources.dtype.kind == "S"
+        self.labels, self.total = np.asarray(labels, dtype=np.int64), len(labels)
+        self.classes, self.title, self.passed_over = classes, title, passed_over
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -305,16 +298,13 @@ class Images:
     def label(self, index: int) -> int:
         return int(self.labels[index])
 
-    def path(self, index: int) -> bytes:
-        return self.sources[self.ends[index - 1] if index else 0:self.ends[index]]
-
     def name(self, index: int) -> str:
-        return os.fsdecode(self.path(index)) if self.is_files else f"{self.title}/{index}"
+        return os.fsdecode(self.sources[index]) if self.is_files else f"{self.title}/{index}"
 
     def load(self, index: int) -> Tensor:
         """The image, decoded to its last byte: uint8 [3, H, W], RGB. Raises whatever the decoder raises."""
         if self.is_files:
-            return read_image(self.path(index))
+            return read_image(self.sources[index])
         pixels = torch.from_numpy(self.sources[index])
         return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels.expand(3, -1, -1)
 
@@ -445,24 +435,15 @@ SHAPES = {
 }
 
 
-class Shapes:
+class Shapes(Images):
     """`count` images of one shape each, drawn when asked for, from (split, index) alone."""
 
-    classes, labelled, passed_over = list(SHAPES), True, Counter()
     drawn: dict[tuple, tuple] = {}  # each process keeps what it has drawn, up to 256 MiB
 
     def __init__(self, split: str, count: int, image_size: int):
-        self.split, self.size, self.title = split, image_size, f"shapes/{split}"
-        self.labels, self.total = np.arange(count) % len(self.classes), count
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def label(self, index: int) -> int:
-        return int(self.labels[index])
-
-    def name(self, index: int) -> str:
-        return f"{self.title}/{index}"
+        numbers = np.arange(count)
+        super().__init__(numbers, numbers % len(SHAPES), list(SHAPES), title=f"shapes/{split}")
+        self.split, self.size = split, image_size
 
     def load(self, index: int) -> Tensor:
         """uint8 [3, H, W]"""
