@@ -13,7 +13,6 @@ import runpy
 import sys
 import traceback
 import types
-import typing
 import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -156,33 +155,30 @@ def rename_clip_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
     state = {name.removeprefix("visual."): value.float() for name, value in state.items() if name.startswith("visual.")}
     if "proj" not in state:
         raise UserError("the CLIP weights hold no image tower (visual.conv1.weight, ...): use OpenAI's ViT-B-16.pt")
-    renamed = {"projection.weight": state.pop("proj").T, "backbone.cls_token": state.pop("class_embedding")[None, None],
-               "backbone.pos_embed": state.pop("positional_embedding")[None],
-               "backbone.patch_embed.proj.weight": state.pop("conv1.weight")}
-    renamed["backbone.patch_embed.proj.bias"] = torch.zeros(len(renamed["backbone.patch_embed.proj.weight"]))
-    for old, new in (("ln_pre", "norm_pre"), ("ln_post", "norm"), ("ln_1", "norm1"), ("ln_2", "norm2"),
-                     ("c_fc", "fc1"), ("c_proj", "fc2"), ("in_proj_", "qkv."), ("out_proj", "proj"),
-                     ("transformer.resblocks", "blocks")):
-        state = {name.replace(old, new): value for name, value in state.items()}
-    return renamed | split_qkv_bias({f"backbone.{name}": value for name, value in state.items()})
+    projection = {"projection.weight": state.pop("proj").T}
+    state["cls_token"] = state.pop("class_embedding")[None, None]
+    state["pos_embed"] = state.pop("positional_embedding")[None]
+    state["conv1.bias"] = torch.zeros(len(state["conv1.weight"]))  # CLIP has none
+    return projection | of_backbone(state, {
+        "conv1": "patch_embed.proj", "transformer.resblocks": "blocks", "ln_pre": "norm_pre", "ln_post": "norm",
+        "ln_1": "norm1", "ln_2": "norm2", "in_proj_": "qkv.", "out_proj": "proj", "c_fc": "fc1", "c_proj": "fc2"})
 
 
 def rename_dino_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """DINO and DINOv2 under our names; DINOv2's mask token and its registers' missing positions need no more."""
-    renamed = {}
-    for name, value in state.items():
-        name = name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
-        if not name.startswith(("mask_token", "head.")):
-            renamed[f"backbone.{name}"] = value
-    return split_qkv_bias(renamed)
+    state = {name: value for name, value in state.items() if not name.startswith(("mask_token", "head."))}
+    return of_backbone(state, {"ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2"})
 
 
-def split_qkv_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace `qkv.bias` by `q_bias` and `v_bias`. The keys' share cancels in the softmax, so dropping it is exact."""
+def of_backbone(state: dict[str, Tensor], renamed: dict[str, str]) -> dict[str, Tensor]:
+    """The tensors of a teacher's backbone, with parts of their names `renamed`, and `q_bias` and `v_bias` for the one
+    bias `qkv.bias`. The keys' share of it cancels in the softmax, so dropping it is exact."""
+    for theirs, ours in renamed.items():
+        state = {name.replace(theirs, ours): value for name, value in state.items()}
     for name in [name for name in state if name.endswith("attn.qkv.bias")]:
         bias, stem = state.pop(name), name.removesuffix("qkv.bias")
         state[f"{stem}q_bias"], _, state[f"{stem}v_bias"] = bias.chunk(3)
-    return state
+    return {f"backbone.{name}": value for name, value in state.items()}
 
 
 def interpolate_positions(positions: Tensor, grid: int, antialias: bool) -> Tensor:
@@ -242,13 +238,11 @@ class Published:
 
     def __call__(self, config) -> Teacher:
         weights = config.tokenizer.teacher_weights
-        path = fetch(weights, "tokenizer.teacher_weights") if weights else \
-            fetch(self.url, "tokenizer.teacher_weights", self.sha256)
-        published = self
-        if "quick_gelu" in self.switches:
-            quick = uses_quick_gelu(config.tokenizer.teacher_gelu, path, self.sha256)
-            published = replace(self, switches=self.switches | dict(quick_gelu=quick))
-        teacher = published.build(grid_of(config))
+        path = fetch(weights or self.url, "tokenizer.teacher_weights", "" if weights else self.sha256)
+        switches = self.switches
+        if "quick_gelu" in switches:
+            switches = switches | dict(quick_gelu=uses_quick_gelu(config.tokenizer.teacher_gelu, path, self.sha256))
+        teacher = replace(self, switches=switches).build(grid_of(config))
         say(self.load(teacher, read_weights(path), source=str(path)))
         return teacher
 
@@ -385,18 +379,16 @@ class OwnTeacher(nn.Module):
             features = self.module(images)
         expected = [len(images), self.grid**2, self.output_dim]
         if not isinstance(features, Tensor):
-            self.refuse(f"returns a {type(features).__name__}: it must return a tensor")
-        if list(features.shape) != expected:
-            self.refuse(f"maps images {list(images.shape)} to {list(features.shape)}, not to {expected}: it must "
-                        f"return a vector of output_dim for each patch of a grid of {self.grid} x {self.grid}, without "
-                        f"[CLS] and registers")
-        if not features.is_floating_point():
-            self.refuse(f"returns numbers of type {features.dtype}: features must be floating point")
-        if features.requires_grad:
-            self.refuse("keeps a gradient: take torch.enable_grad out of its forward")
-        return features
-
-    def refuse(self, problem: str) -> typing.NoReturn:
+            problem = f"returns a {type(features).__name__}: it must return a tensor"
+        elif list(features.shape) != expected:
+            problem = (f"maps images {list(images.shape)} to {list(features.shape)}, not to {expected}: it must return "
+                       f"output_dim numbers for each of {self.grid} x {self.grid} patches, without [CLS] and registers")
+        elif not features.is_floating_point():
+            problem = f"returns numbers of type {features.dtype}: features must be floating point"
+        elif features.requires_grad:
+            problem = "keeps a gradient: take torch.enable_grad out of its forward"
+        else:
+            return features
         raise UserError(f"the teacher {self.name} of '{self.file}' {problem}")
 
 
@@ -438,7 +430,8 @@ def open_own(config) -> OwnTeacher:
     teacher = OwnTeacher(module, file, name, grid)
     features = teacher(torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)))
     if not features.isfinite().all():
-        teacher.refuse("returns numbers that are not finite, of an ordinary image in [0,1]: look at its weights")
+        raise UserError(f"the teacher {name} of '{file}' returns numbers that are not finite, of an ordinary image in "
+                        f"[0,1]: look at its weights")
     return teacher
 
 
@@ -472,14 +465,10 @@ class ArchiveReader(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if module.split(".")[0] == "__torch__":  # a class of the archive: its objects are read as bags of attributes
             return types.SimpleNamespace
-        if module == "torch._utils" and name == "_rebuild_tensor_v2":
-            return lambda values, offset, size, stride, *_: values.as_strided(size, stride, offset)
-        if module == "torch" and name in STORED_TYPES:
-            return STORED_TYPES[name]
         if module == "torch.jit._pickle":  # lists and dictionaries with the type of what they hold
             return lambda value, *_: value
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
+        if f"{module}.{name}" in KNOWN:
+            return KNOWN[f"{module}.{name}"]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
     def persistent_load(self, where: tuple) -> Tensor:
@@ -488,9 +477,11 @@ class ArchiveReader(pickle.Unpickler):
         return torch.frombuffer(values, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
 
 
-STORED_TYPES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
-                "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
-                "BoolStorage": torch.bool}
+# What an archive may name, and what stands for it here.
+KNOWN = {"collections.OrderedDict": dict, "torch.BoolStorage": torch.bool, "torch.DoubleStorage": torch.float64,
+         "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16, "torch.IntStorage": torch.int32,
+         "torch.LongStorage": torch.int64, "torch.BFloat16Storage": torch.bfloat16, "torch._utils._rebuild_tensor_v2":
+         lambda values, start, size, stride, *_: values.as_strided(size, stride, start)}
 
 
 def named_tensors(module: types.SimpleNamespace, prefix: str = "") -> dict[str, Tensor]:
