@@ -821,11 +821,14 @@ def read_checkpoint(path: str | Path) -> dict:
         with torch.serialization.safe_globals(plain_types()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can raise nearly any type of error while torch reads it
-        text = "cut off in a name" if ends_in_a_name(path, str(error)) else str(error).strip()
+        text = str(error).strip()
         if foreign := FOREIGN_TYPE.search(text):
-            raise ModelError(f"'{path}' holds objects of another program ({foreign[foreign.lastindex]}), which are not "
-                             f"read: keep its tensors alone, with torch.save({{'model': model.state_dict()}}, PATH) "
-                             f"where that program runs") from error
+            name = foreign[foreign.lastindex]
+            if not ends_with(path, name.split(".")[-1].encode()):
+                raise ModelError(f"'{path}' holds objects of another program ({name}), which are not read: keep its "
+                                 f"tensors alone, with torch.save({{'model': model.state_dict()}}, PATH) where that "
+                                 f"program runs") from error
+            text = "cut off in a name"  # the type is unknown because only the beginning of its name is there
         reason = text.split("WeightsUnpickler error: ")[-1].strip().splitlines() or [type(error).__name__]
         raise ModelError(f"'{path}' cannot be read as a checkpoint; it is truncated, or no file of tensors and plain "
                          f"values: copy or download it again ({reason[0][:200]})") from error
@@ -834,17 +837,14 @@ def read_checkpoint(path: str | Path) -> dict:
     return content
 
 
-def ends_in_a_name(path: str | Path, text: str) -> bool:
-    """Whether the type that torch does not know, by what it says, is only the beginning of a name: what the file ends in.
+def ends_with(path: str | Path, text: bytes) -> bool:
+    """Whether a file ends with these bytes and one more, which torch takes for the end of the line.
 
-    A file in the format before torch 1.6 can be cut off there. (Torch takes the last byte for the end of the line.)
+    A file in the format before torch 1.6 can be cut off in the name of a type.
     """
-    if not (foreign := FOREIGN_TYPE.search(text)):
-        return False
-    name = foreign[foreign.lastindex].split(".")[-1].encode()
     with open(path, "rb") as file:
-        file.seek(max(0, Path(path).stat().st_size - len(name) - 1))
-        return file.read(len(name)) == name
+        file.seek(max(0, Path(path).stat().st_size - len(text) - 1))
+        return file.read(len(text)) == text
 
 
 def read_model(path: str | Path, section: str, here) -> dict:
@@ -857,11 +857,11 @@ def read_model(path: str | Path, section: str, here) -> dict:
     have, and are not checked. Raises ModelError, which names what differs.
     """
     content = read_checkpoint(path)
-    saved = saved_section(content, section)
-    if saved and dimensions(argparse.Namespace(**saved)) != dimensions(here):
-        there, here = ([f"{section}.{key}={value}" for key, value in dimensions(part).items()]
-                       for part in (argparse.Namespace(**saved), here))
-        differing = [f"{a} there, {b} here" for a, b in zip(there, here) if a != b]
+    here, saved = dimensions(here), saved_section(content, section)
+    there = dimensions(argparse.Namespace(**saved)) if saved else here
+    differing = [f"{section}.{key}={there[key]} there, {section}.{key}={here[key]} here" for key in here
+                 if there[key] != here[key]]
+    if differing:
         raise ModelError(f"'{path}' was made with another model ({'; '.join(differing)}): make the configuration "
                          f"agree with it, or choose another checkpoint")
     return content
@@ -889,20 +889,18 @@ def plain_types() -> list:
         import numpy as np
     except ModuleNotFoundError:  # torch works without it; files that hold its scalars are then refused
         return [argparse.Namespace]
-    module = np._core if hasattr(np, "_core") else np.core  # numpy 2 moved it; files of both kinds exist
-    scalar_types = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"}
-    return [argparse.Namespace, np.dtype, *scalar_types,
-            *((module.multiarray.scalar, f"numpy.{name}.multiarray.scalar") for name in ("core", "_core"))]
+    kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"}
+    scalar = np.float64().__reduce__()[0]  # what makes a scalar when a file is read; numpy 2 gave it another name
+    return [argparse.Namespace, np.dtype, *kinds, (scalar, "numpy.core.multiarray.scalar"),
+            (scalar, "numpy._core.multiarray.scalar")]
 
 
 def model_state(content: dict, source: str) -> dict[str, Tensor]:
     """The named tensors of a checkpoint. They are its entry "model" (ours, BEiT's), "module" (DeepSpeed's) or
     "state_dict", or the whole dictionary if it has none of these entries. A prefix that a wrapper of the model has put
     before all names is taken off."""
-    for key in ("model", "module", "state_dict"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-            break
+    content = next((content[key] for key in ("model", "module", "state_dict") if isinstance(content.get(key), dict)),
+                   content)
     tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise ModelError(f"'{source}' holds no model: its entries are {', '.join(map(str, list(content)[:8]))}")
@@ -934,8 +932,7 @@ def load_pretrained(model: nn.Module, checkpoint: str | Path | dict, source: str
     if not isinstance(checkpoint, dict):
         source, checkpoint = str(checkpoint), read_checkpoint(checkpoint)
     report = LoadReport(source or "a dictionary")
-    state = model_state(checkpoint, report.source)
-    target = model.state_dict()
+    state, target = model_state(checkpoint, report.source), model.state_dict()
     droppable, may_be_fresh = getattr(model, "droppable", ()), getattr(model, "may_be_fresh", ())
 
     # From pre-training to fine-tuning: one table becomes one for each block (see RelativePositionBias).
@@ -944,17 +941,14 @@ def load_pretrained(model: nn.Module, checkpoint: str | Path | dict, source: str
     if per_block and shared in state and shared not in target:
         state |= dict.fromkeys(per_block, state.pop(shared))
 
-    report.dropped = [name for name in state if name.endswith(ALWAYS_DROPPED_ENDS)
-                      or name.startswith(ALWAYS_DROPPED_STARTS) or (name not in target and name.startswith(droppable))]
-    there = {name: value for name, value in state.items() if name not in report.dropped}
     here = {name: resize_positions(name, value, target[name]) if name in target else value
-            for name, value in there.items()}
-    report.resized = [name for name in here if here[name] is not there[name]]
+            for name, value in state.items()}
+    report.resized = [name for name in here if here[name] is not state[name]]
     misfits = [name for name in here if name in target and here[name].shape != target[name].shape]
-    for name in [name for name in misfits if name.startswith(may_be_fresh)]:
-        misfits.remove(name)
-        report.dropped.append(name)
-        del here[name]
+    report.dropped = [name for name in here if name.endswith(ALWAYS_DROPPED_ENDS)
+                      or name.startswith(ALWAYS_DROPPED_STARTS) or (name not in target and name.startswith(droppable))
+                      or (name in misfits and name.startswith(may_be_fresh))]
+    here = {name: value for name, value in here.items() if name not in report.dropped}
 
     def refuse(problem: str, names: list[str]) -> None:
         if names:
@@ -962,12 +956,12 @@ def load_pretrained(model: nn.Module, checkpoint: str | Path | dict, source: str
             raise ModelError(f"'{report.source}' {problem}: {shown}; it was made with another model or codebook, so "
                              f"make the configuration agree with it or choose another checkpoint")
 
-    refuse("has tensors of another size", [f"{name} is {list(there[name].shape)} there and {list(target[name].shape)} here"
-                                           for name in misfits])
+    refuse("has tensors of another size",
+           [f"{name} is {list(state[name].shape)} there and {list(target[name].shape)} here"
+            for name in misfits if name in here])
     missing, unexpected = model.load_state_dict(here, strict=False)
-    report.loaded = [name for name in here if name in target]
-    report.fresh = [name for name in missing if name.startswith(may_be_fresh)]
     refuse("holds tensors that this model does not have", unexpected)
+    report.loaded, report.fresh = list(here), [name for name in missing if name.startswith(may_be_fresh)]
     refuse("lacks tensors that this model needs", [name for name in missing if name not in report.fresh])
     broken = [name for name in report.loaded if not target[name].isfinite().all()]
     if broken:  # such a tokenizer would give each patch the id 0, and pre-training would learn to say so
@@ -1003,11 +997,9 @@ def resize_positions(name: str, value: Tensor, target: Tensor) -> Tensor:
     if value.shape == target.shape or value.ndim != target.ndim or value.shape[-1] != target.shape[-1]:
         return value
     if name.endswith("relative_position_bias_table"):
-        grid, extra = value[:-3], value[-3:]
-        return torch.cat([resize_bias(grid, len(target) - 3), extra])
+        return torch.cat([resize_bias(value[:-3], len(target) - 3), value[-3:]])
     if name.endswith("pos_embed"):
-        extra, grid = value[0, :1], value[0, 1:]
-        return torch.cat([extra, resize_grid(grid, target.shape[1] - 1)])[None]
+        return torch.cat([value[0, :1], resize_grid(value[0, 1:], target.shape[1] - 1)])[None]
     return value
 
 
