@@ -16,7 +16,6 @@ OUTPUT_DIR/predict_masks/.
 """
 
 import contextlib
-import functools
 import math
 import os
 from dataclasses import dataclass, field
@@ -235,8 +234,8 @@ def survey(run: Run, dataset: Images, kind: Literal["training", "validation"]) -
         raise UserError(f"the {kind} annotations in '{dataset.annotations}' have {only}, and {ignored}: give each "
                         f"class its number (masks of 0 and 255 must hold 0 and 1), or set segment.ignore_index to the "
                         f"number of unlabelled pixels")
-    of_all = f"of {len(dataset)} " if len(chosen) < len(dataset) else ""
-    say(f"{kind}: {len(chosen)} {of_all}annotations have {occurring.sum()} of {len(cfg.classes)} classes, and {ignored}")
+    number = f"{len(chosen)} of {len(dataset)}" if len(chosen) < len(dataset) else len(chosen)
+    say(f"{kind}: {number} annotations have {occurring.sum()} of {len(cfg.classes)} classes, and {ignored}")
     if absent := [name for name, occurs in zip(cfg.classes, occurring) if not occurs]:
         say(f"note: no {kind} pixel has the class {shortened([repr(name) for name in absent])}")
     # Where the size fits, nobody can tell which way an annotation was drawn: so this is no error.
@@ -306,7 +305,7 @@ class WholeSamples(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict:
-        image, labels = data.load_strictly(functools.partial(load_pair, self.dataset), self.dataset, index)
+        image, labels = data.load_strictly(lambda index: load_pair(self.dataset, index), self.dataset, index)
         image = TF.resize(image, scaled_size(*labels.shape, self.cfg))
         return {"image": image.as_subclass(Tensor), "labels": labels.as_subclass(Tensor), "index": index,
                 "name": self.dataset.name(index)}

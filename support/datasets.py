@@ -213,15 +213,11 @@ def find_images(folder: str, nested: bool = True, but: str | None = None) -> tup
 def open_files(pattern: str) -> "Images":
     """The image at a path, those of a folder and its sub-folders, or those that a pattern such as *.jpg finds; `**` is
     any number of folders. Files that are no images are passed over, if it does not name them."""
-    passed_over = Counter()
     if os.path.isdir(pattern):
         paths, passed_over = find_images(pattern)
-    elif os.path.isfile(pattern):
-        paths = [os.fsencode(pattern)]
     else:
-        given = set(Path(pattern).parts)
-        paths = []
-        for path in sorted(glob.glob(pattern, recursive=True)):
+        paths, passed_over, given = [], Counter(), set(Path(pattern).parts)
+        for path in [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True)):
             suffix = os.path.splitext(path)[1].lower()
             if any(hidden(part) for part in set(Path(path).parts) - given):
                 passed_over["hidden"] += 1
@@ -283,7 +279,9 @@ class Images:
         # The paths are one array of bytes instead of a million Python objects. Workers share the memory of the main
         # process until they write to it. But reading a Python object already writes to it, because Python counts its
         # references. So each worker would end with a copy of the whole list.
-        self.sources = sources if isinstance(sources, np.ndarray) else np.array([os.fsencode(path) for path in sources])
+        if not isinstance(sources, np.ndarray):
+            sources = np.array([os.fsencode(path) for path in sources], dtype=bytes)
+        self.sources = sources
         self.is_files = self.sources.dtype.kind == "S"
         self.labels, self.total = np.asarray(labels, dtype=np.int64), len(labels)
         self.classes, self.title, self.passed_over = classes, title, passed_over
@@ -346,39 +344,34 @@ def to_rgb(image: Image.Image) -> Image.Image:
 # --- torchvision's data sets -----------------------------------------------------------------------------------
 
 
-def imagenette_files(data: tv.Imagenette) -> list[tuple[str, int]]:
+def imagenette_content(data: tv.Imagenette) -> tuple[list[str], list[int]]:
     """torchvision lists the files of each folder, those of a Mac's archives (`._NAME.JPEG`) too."""
-    return [(path, label) for path, label in data._samples if not hidden(os.path.basename(path))]
+    samples = [(path, label) for path, label in data._samples if not hidden(os.path.basename(path))]
+    return [path for path, _ in samples], [label for _, label in samples]
 
 
-# name: (how torchvision opens it, where it keeps the images, and the labels)
+# name: (torchvision's class, its names of the splits for training and validation, where it keeps images and labels)
 NAMED = {
-    "cifar10": (lambda root, train, get: tv.CIFAR10(root, train, download=get), lambda d: d.data, lambda d: d.targets),
-    "cifar100": (lambda root, train, get: tv.CIFAR100(root, train, download=get),
-                 lambda d: d.data, lambda d: d.targets),
-    "stl10": (lambda root, train, get: tv.STL10(root, "train" if train else "test", download=get),
-              lambda d: d.data.transpose(0, 2, 3, 1), lambda d: d.labels),
-    "imagenette": (lambda root, train, get: tv.Imagenette(root, "train" if train else "val", download=get),
-                   lambda d: [path for path, _ in imagenette_files(d)],
-                   lambda d: [label for _, label in imagenette_files(d)]),
-    "food101": (lambda root, train, get: tv.Food101(root, "train" if train else "test", download=get),
-                lambda d: d._image_files, lambda d: d._labels),
-    "oxford_pets": (lambda root, train, get: tv.OxfordIIITPet(root, "trainval" if train else "test", download=get),
-                    lambda d: d._images, lambda d: d._labels),
-    "fashion_mnist": (lambda root, train, get: tv.FashionMNIST(root, train, download=get),
-                      lambda d: d.data.numpy(), lambda d: d.targets),
+    "cifar10": (tv.CIFAR10, (True, False), lambda d: (d.data, d.targets)),
+    "cifar100": (tv.CIFAR100, (True, False), lambda d: (d.data, d.targets)),
+    "stl10": (tv.STL10, ("train", "test"), lambda d: (d.data.transpose(0, 2, 3, 1), d.labels)),
+    "imagenette": (tv.Imagenette, ("train", "val"), imagenette_content),
+    "food101": (tv.Food101, ("train", "test"), lambda d: (d._image_files, d._labels)),
+    "oxford_pets": (tv.OxfordIIITPet, ("trainval", "test"), lambda d: (d._images, d._labels)),
+    "fashion_mnist": (tv.FashionMNIST, (True, False), lambda d: (d.data.numpy(), d.targets)),
 }
 
 
 def open_named(config, root: str, split: str) -> Images:
     """One of torchvision's data sets, fetched first if it is missing and `data.download` allows it."""
-    open_it, images_of, labels_of = NAMED[config.dataset]
+    kind, names, content_of = NAMED[config.dataset]
+    name = names[split == "val"]
     try:
-        data = open_it(root, split == "train", False)
+        data = kind(root, name, download=False)
     except Exception as missing:  # torchvision raises RuntimeError, FileNotFoundError, EOFError, ... here
         for above in Path(os.path.abspath(root)).parents[:2]:  # ROOT may be the set's own folder, or one in it
             try:
-                open_it(str(above), split == "train", False)
+                kind(str(above), name, download=False)
             except Exception:
                 continue
             raise UserError(f"data.root: '{root}' is the folder of {config.dataset} itself: name the one that it lies "
@@ -387,12 +380,12 @@ def open_named(config, root: str, split: str) -> Images:
             raise UserError(f"data.dataset: {config.dataset} is not (or not whole) in '{root}': set data.download=true "
                             f"to fetch it, or data.root=PATH to where it is") from missing
         try:
-            data = open_it(root, split == "train", True)
+            data = kind(root, name, download=True)
         except Exception as error:  # no network, a full disk, a broken archive
             raise UserError(f"data.download: {config.dataset} could not be fetched into '{root}' ({one_line(error)}): "
                             f"check the network and the disk, or put it there by hand") from error
     classes = [name if isinstance(name, str) else name[0] for name in data.classes]
-    return Images(images_of(data), labels_of(data), classes, title=f"{config.dataset}/{split}")
+    return Images(*content_of(data), classes, title=f"{config.dataset}/{split}")
 
 
 # --- drawn shapes ----------------------------------------------------------------------------------------------

@@ -78,8 +78,7 @@ def pooling_of(content: dict, state: dict[str, Tensor]) -> str:
 def class_names(config, content: dict, state: dict[str, Tensor], path: Path) -> list[str] | None:
     """The names of a classifier's classes, if its checkpoint or `finetune.classes_file` holds them."""
     classes = content.get("classes")
-    if not isinstance(classes, list):  # another program may call their number so
-        classes = None
+    classes = classes if isinstance(classes, list) else None  # another program may call their number so
     if file := config.finetune.classes_file:
         if not Path(file).is_file():
             raise UserError(f"finetune.classes_file names '{file}', and there is no such file")
