@@ -73,8 +73,7 @@ def require_labels(dataset, what: str) -> None:
     """UserError if `what`, such as "a linear probe", cannot be made of these images: it needs two classes or more."""
     if not dataset.labelled:
         raise UserError(f"{what} needs the class of each image, and those in '{dataset.title}' have none: put them "
-                        f"into a folder for each class, ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, and set "
-                        f"data.root=ROOT")
+                        f"into ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, and set data.root=ROOT")
     if len(dataset.classes) == 1:
         raise UserError(f"{what} needs two classes or more, and '{dataset.title}' has only '{dataset.classes[0]}': one "
                         f"class cannot be told from anything, so add a folder of other images")
@@ -162,15 +161,8 @@ def class_folders(folder: str) -> list[str]:
     if not os.path.isdir(folder):
         return []
     with explained(f"the folder '{folder}' cannot be read", "repair it, or set data.root=PATH", OSError):
-        return sorted(entry.name for entry in os.scandir(folder) if is_folder(entry) and not hidden(entry.name))
-
-
-def is_folder(entry: os.DirEntry) -> bool:
-    """Whether it is a folder, or a link to one."""
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself, or to where nobody may look
-        return False
+        return sorted(name for name in os.listdir(folder)
+                      if os.path.isdir(os.path.join(folder, name)) and not hidden(name))
 
 
 def hidden(name: str) -> bool:
@@ -194,10 +186,12 @@ def find_images(folder: str, nested: bool = True, but: str | None = None) -> tup
             entries = sorted(os.scandir(here), key=lambda entry: entry.name)
         for entry in entries:
             # A broken link is an image that cannot be read. But reading a pipe would wait forever.
-            is_image = entry.name.lower().endswith(suffixes) and (entry.is_symlink() or entry.is_file())
+            is_image = entry.name.lower().endswith(suffixes) and (
+                entry.is_file(follow_symlinks=False) or entry.is_symlink() and not os.path.isdir(entry.path))
+            is_folder = not is_image and os.path.isdir(entry.path)
             if hidden(os.fsdecode(entry.name)):
-                passed_over["hidden"] += is_image or is_folder(entry)
-            elif is_folder(entry):
+                passed_over["hidden"] += is_image or is_folder
+            elif is_folder:
                 real = os.path.realpath(entry.path)
                 if nested and real not in seen:
                     seen.add(real)

@@ -66,10 +66,10 @@ def write_transformers(state: dict[str, Tensor], folder: Path, num_heads: int, i
     for name, value in state.items():
         if name.startswith(unknown) or name.endswith(ALWAYS_DROPPED_ENDS):
             continue
-        parts = {name: value}
-        if "qkv" in name:  # three matrices there
-            parts = {name.replace("qkv", part): rows for part, rows in zip(("query", "key", "value"), value.chunk(3))}
-        for new, rows in parts.items():
+        # One matrix for queries, keys and values is three matrices there.
+        parts = zip(("query", "key", "value"), value.chunk(3)) if "qkv" in name else [("", value)]
+        for part, rows in parts:
+            new = name.replace("qkv", part)
             for ours, theirs in renamed.items():
                 new = re.sub(ours, theirs, new)
             tensors[new] = rows
