@@ -35,7 +35,7 @@ from torchvision.transforms.v2 import functional as TF
 import data
 from beitv2 import ModelConfig, ModelError, VisionTransformer, load_pretrained, read_checkpoint, read_model
 from support.datasets import SHAPES, SUFFIXES, Images, find_images, found, open_dataset, open_files
-from support.errors import UserError, one_line
+from support.errors import UserError, explained
 from support.files import say_if_unfinished, stage_checkpoint
 from support.launch import launch
 from support.loaders import ValLoader
@@ -119,12 +119,9 @@ class AnnotatedFolder(Images):
     def segmentation(self, index: int) -> np.ndarray:
         """Class numbers from 0, and IGNORE. UserError, naming the file, for anything that is no annotation."""
         path = os.path.join(self.annotations, f"{Path(self.name(index)).stem}.png")
-        try:
+        with explained(f"the annotation '{path}' cannot be read", "repair it, or remove it and its image", Exception):
             with Image.open(path) as image:
                 labels = np.asarray(image)
-        except Exception as error:
-            raise UserError(f"the annotation '{path}' cannot be read ({one_line(error)}): repair it, or remove it "
-                            f"and its image") from error
         if labels.ndim != 2:
             raise UserError(f"the annotation '{path}' is a colour picture: it must be a PNG of one channel (grey or "
                             f"palette) that holds class numbers")

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision import datasets as tv
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from support.errors import UserError, explained, one_line
+from support.errors import UserError, explained
 from support.processes import on_main, rank, say
 
 try:
@@ -373,11 +373,9 @@ def open_named(config, root: str, split: str) -> Images:
         if not config.download:
             raise UserError(f"data.dataset: {config.dataset} is not (or not whole) in '{root}': set data.download=true "
                             f"to fetch it, or data.root=PATH to where it is") from missing
-        try:
+        with explained(f"data.download: {config.dataset} could not be fetched into '{root}'",
+                       "check the network and the disk, or put it there by hand", Exception):
             data = kind(root, name, download=True)
-        except Exception as error:  # no network, a full disk, a broken archive
-            raise UserError(f"data.download: {config.dataset} could not be fetched into '{root}' ({one_line(error)}): "
-                            f"check the network and the disk, or put it there by hand") from error
     classes = [name if isinstance(name, str) else name[0] for name in data.classes]
     return Images(*content_of(data), classes, title=f"{config.dataset}/{split}")
 

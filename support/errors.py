@@ -18,7 +18,7 @@ def explained(what: str, advice: str, *errors: type[Exception]) -> Iterator[None
     try:
         yield
     except errors as error:
-        reason = textwrap.shorten(getattr(error, "strerror", None) or str(error), 400)
+        reason = textwrap.shorten(getattr(error, "strerror", None) or one_line(error), 400)
         raise UserError(f"{what} ({reason}): {advice}") from error
 
 

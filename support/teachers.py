@@ -30,6 +30,7 @@ from support.files import fetch, file_sha256, save_atomically
 from support.frozen import digest
 from support.launch import launch
 from support.processes import say
+from support.use import restored
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -274,13 +275,11 @@ def open_beitv2(config) -> Teacher:
 
 def open_checkpoint(config, path: Path) -> Teacher:
     content = read_checkpoint(path)
-    try:
-        model = ModelConfig(**content["config"]["model"])
-        shape = model.backbone(grid_of(config) * model.patch_size)
-    except (KeyError, TypeError):  # another program's file may hold anything under these names
+    model = restored(ModelConfig, content, "model")
+    if model is None:
         raise UserError(f"'{path}' does not say what model it holds: the teacher '{config.tokenizer.teacher}' must be "
-                        f"a checkpoint that pretrain.py or finetune.py wrote") from None
-    backbone = VisionTransformer(**shape)
+                        f"a checkpoint that pretrain.py or finetune.py wrote")
+    backbone = VisionTransformer(**model.backbone(grid_of(config) * model.patch_size))
     state = as_backbone(model_state(content, str(path)))
     say(load_pretrained(backbone, state, source=str(path)))
     return Teacher(backbone, data.IMAGENET_MEAN, data.IMAGENET_STD)
