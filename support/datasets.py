@@ -275,8 +275,7 @@ class Images:
         # references. So each worker would end with a copy of the whole list.
         if not isinstance(sources, np.ndarray):
             sources = np.array([os.fsencode(path) for path in sources], dtype=bytes)
-        self.sources = sources
-        self.is_files = self.sources.dtype.kind == "S"
+        self.sources, self.is_files = sources, sources.dtype.kind == "S"
         self.labels, self.total = np.asarray(labels, dtype=np.int64), len(labels)
         self.classes, self.title, self.passed_over = classes, title, passed_over
 

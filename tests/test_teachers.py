@@ -336,10 +336,11 @@ def test_a_student_of_ours_is_a_teacher(tmp_path):
 def test_a_fine_tuned_model_of_ours_is_a_teacher(tmp_path):
     """It norms the mean of its patches; as a teacher it norms each patch, with the same norm."""
     torch.manual_seed(0)
-    section = dict(embed_dim=8, depth=1, num_heads=2, patch_size=4, abs_pos_embed=True)
-    model = beitv2.Classifier(3, **beitv2.ModelConfig(**section).backbone(24))
+    section = beitv2.ModelConfig(embed_dim=8, depth=1, num_heads=2, patch_size=4, abs_pos_embed=True)
+    model = beitv2.Classifier(3, **section.backbone(24))
     torch.nn.init.normal_(model.fc_norm.weight)
-    torch.save({"model": model.state_dict(), "config": {"model": section}}, tmp_path / "model.pt")
+    content = {"model": model.state_dict(), "config": {"model": dataclasses.asdict(section)}}
+    torch.save(content, tmp_path / "model.pt")
     teacher = open_teacher(read_config("tokenizer.teacher=beitv2", "data.image_size=48", "model.patch_size=8",
                                        f"tokenizer.teacher_weights={tmp_path / 'model.pt'}"))
     images = torch.rand(2, 3, 24, 24)
