@@ -57,12 +57,16 @@ class Teacher(nn.Module):
         self.output_dim = output_dim or backbone.embed_dim
         self.requires_grad_(False).eval()
 
-    @torch.no_grad()  # the teacher is only asked; it never learns
-    def forward(self, images: Tensor) -> Tensor:
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images in [0,1] at the backbone's resolution, normalised its way."""
         size = self.backbone.image_size
         if images.shape[-1] != size:
             images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        tokens = self.backbone(data.normalize(images, self.mean, self.std))  # [B, 1 + N, width], [CLS] first
+        return data.normalize(images, self.mean, self.std)
+
+    @torch.no_grad()  # the teacher is only asked; it never learns
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.backbone(self.prepare(images))  # [B, 1 + N, width], [CLS] first
         return self.projection(tokens[:, 1:])  # [B, N, output_dim]: the target, a feature for each patch
 
 
