@@ -105,7 +105,7 @@ class AnnotatedFolder(Images):
                 raise UserError(f"data.root: there is no folder '{folder}': put the images into {images} and their "
                                 f"annotations, as PNG of the same name, into {annotations}, or set data.root=PATH")
         paths, passed_over = find_images(images, nested=False)
-        names = [os.path.basename(os.fsdecode(path)) for path in paths]
+        names = [os.path.basename(path) for path in paths]
         if not names:
             raise UserError(f"data.root: '{images}' holds no image ({', '.join(SUFFIXES)}): put images there")
         annotated = set(os.listdir(annotations))

@@ -170,26 +170,25 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name in ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")
 
 
-def find_images(folder: str, nested: bool = True, but: str | None = None) -> tuple[list[bytes], Counter]:
+def find_images(folder: str, nested: bool = True, but: str | None = None) -> tuple[list[str], Counter]:
     """The paths of the images in a folder (and in the folders there, if `nested`), in order, and how many other files
     of each kind were passed over.
 
     Symbolic links are followed, but each folder counts once: a link that points upwards leads back to where it is, and
     its images would be found again and again. A folder `but` is left out.
     """
-    suffixes = tuple(map(os.fsencode, SUFFIXES))
     found, passed_over = [], Counter()
-    folders, seen = [os.fsencode(folder)], {os.path.realpath(os.fsencode(path)) for path in (folder, but) if path}
+    folders, seen = [folder], {os.path.realpath(path) for path in (folder, but) if path}
     while folders:
         here, names = folders.pop(), []
-        with explained(f"the folder '{os.fsdecode(here)}' cannot be read", "repair or remove it", OSError):
+        with explained(f"the folder '{here}' cannot be read", "repair or remove it", OSError):
             entries = sorted(os.scandir(here), key=lambda entry: entry.name)
         for entry in entries:
             # A broken link is an image that cannot be read. But reading a pipe would wait forever.
-            is_image = entry.name.lower().endswith(suffixes) and (
+            is_image = entry.name.lower().endswith(SUFFIXES) and (
                 entry.is_file(follow_symlinks=False) or entry.is_symlink() and not os.path.isdir(entry.path))
             is_folder = not is_image and os.path.isdir(entry.path)
-            if hidden(os.fsdecode(entry.name)):
+            if hidden(entry.name):
                 passed_over["hidden"] += is_image or is_folder
             elif is_folder:
                 real = os.path.realpath(entry.path)
@@ -199,7 +198,7 @@ def find_images(folder: str, nested: bool = True, but: str | None = None) -> tup
             elif is_image:
                 names.append(entry.name)
             else:
-                passed_over[os.fsdecode(os.path.splitext(entry.name)[1].lower()) or "without a suffix"] += 1
+                passed_over[os.path.splitext(entry.name)[1].lower() or "without a suffix"] += 1
         found.append((here, names))
     return [os.path.join(here, name) for here, names in sorted(found) for name in names], +passed_over
 
@@ -216,7 +215,7 @@ def open_files(pattern: str) -> "Images":
             if any(hidden(part) for part in set(Path(path).parts) - given):
                 passed_over["hidden"] += 1
             elif os.path.isfile(path) and (suffix in SUFFIXES or not pattern.endswith("*")):
-                paths.append(os.fsencode(path))
+                paths.append(path)
             elif os.path.isfile(path):
                 passed_over[suffix or "without a suffix"] += 1
     existing = [path for path in paths if os.path.isfile(path)]
@@ -459,9 +458,9 @@ class Shapes(Images):
         outlines = [centre + outline @ turned.T for outline in SHAPES[self.classes[self.label(index)]]]
         shape = self.stencil(outlines)  # [H, W, 1], the covered fraction of each pixel
 
-        # What colour: lighter or darker than the background by a clear margin, else the edge would be lost.
+        # What colour: lighter or darker than the background, to the eye, by a clear margin; else the edge would be lost.
         back, fore = rng.uniform(0.05, 0.95, (2, 3))
-        while abs(luminance(fore) - luminance(back)) < 0.3:
+        while abs((fore - back) @ (0.299, 0.587, 0.114)) < 0.3:
             back, fore = rng.uniform(0.05, 0.95, (2, 3))
         canvas = back + self.texture(rng)
         for _ in range(rng.integers(2, 6)):  # clutter behind the shape: dots and strokes that are no shape
@@ -517,10 +516,6 @@ def parts_of_patches(shape: Tensor, grid: int) -> Tensor:
     background, inside, edge = share <= 0.02, share >= 0.98, wrong <= 0.05
     parts = torch.where(background, 0, torch.where(inside, 1, torch.where(edge, 2, 3)))
     return parts.view(-1, grid, grid)
-
-
-def luminance(colour) -> float:
-    return float(np.dot(colour, (0.299, 0.587, 0.114)))
 
 
 def stroke(start, end, width: float) -> np.ndarray:

@@ -319,7 +319,8 @@ def test_a_student_that_another_program_wrote_is_refused(tmp_path, content):
 def test_a_student_of_ours_is_a_teacher(tmp_path):
     """Rebuilt from what its checkpoint says, on the tokenizer's grid, whatever the patches of the next student."""
     torch.manual_seed(0)
-    section = beitv2.ModelConfig(embed_dim=8, depth=1, num_heads=2, patch_size=4, rel_pos_bias=False, abs_pos_embed=True)
+    section = beitv2.ModelConfig(embed_dim=8, depth=1, num_heads=2, patch_size=4, rel_pos_bias=False,
+                                 abs_pos_embed=True)
     student = beitv2.MaskedImageModel(vocab_size=5, early_layers=1, head_layers=0,
                                       **section.backbone(24, tables="shared"))
     content = {"model": student.state_dict(), "config": {"model": dataclasses.asdict(section)}}
