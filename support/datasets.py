@@ -458,7 +458,7 @@ class Shapes(Images):
         outlines = [centre + outline @ turned.T for outline in SHAPES[self.classes[self.label(index)]]]
         shape = self.stencil(outlines)  # [H, W, 1], the covered fraction of each pixel
 
-        # What colour: lighter or darker than the background, to the eye, by a clear margin; else the edge would be lost.
+        # What colour: to the eye lighter or darker than the background by a clear margin, else the edge would be lost.
         back, fore = rng.uniform(0.05, 0.95, (2, 3))
         while abs((fore - back) @ (0.299, 0.587, 0.114)) < 0.3:
             back, fore = rng.uniform(0.05, 0.95, (2, 3))

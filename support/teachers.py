@@ -479,8 +479,8 @@ class ArchiveReader(pickle.Unpickler):
 # What an archive may name, and what stands for it here.
 KNOWN = {"collections.OrderedDict": dict, "torch.BoolStorage": torch.bool, "torch.DoubleStorage": torch.float64,
          "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16, "torch.IntStorage": torch.int32,
-         "torch.LongStorage": torch.int64, "torch.BFloat16Storage": torch.bfloat16, "torch._utils._rebuild_tensor_v2":
-         lambda values, start, size, stride, *_: values.as_strided(size, stride, start)}
+         "torch.LongStorage": torch.int64, "torch.BFloat16Storage": torch.bfloat16,
+         "torch._utils._rebuild_tensor_v2": lambda flat, start, size, stride, *_: flat.as_strided(size, stride, start)}
 
 
 def named_tensors(module: types.SimpleNamespace, prefix: str = "") -> dict[str, Tensor]:
