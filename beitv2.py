@@ -1003,17 +1003,19 @@ def resize_positions(name: str, value: Tensor, target: Tensor) -> Tensor:
     return value
 
 
-def resize_grid(values: Tensor, length: int) -> Tensor:
+def resize_grid(values: Tensor, length: int, **how) -> Tensor:
     """Stretch a square grid of vectors, [side^2, D] row by row, to [length, D], where length is a square too.
 
     A position embedding says where in the image a patch lies. The grid is stretched like a picture (bicubically), so
     that the last column stays the last: each place keeps what was learned for the same share of the image.
+
+    how   arguments of F.interpolate that lead to this length; without any, the new size
     """
     old, new = math.isqrt(len(values)), math.isqrt(length)
     if not old or old**2 != len(values) or new**2 != length:
         return values
     values = values.float().T.reshape(1, -1, old, old)
-    values = F.interpolate(values, size=(new, new), mode="bicubic", align_corners=False)
+    values = F.interpolate(values, mode="bicubic", **(how or dict(size=(new, new))))
     return values.reshape(-1, length).T
 
 

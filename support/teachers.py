@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import data
 from beitv2 import (SIZES, LoadReport, ModelConfig, ModelError, VisionTransformer, as_backbone, load_pretrained,
-                    model_state, read_checkpoint)
+                    model_state, read_checkpoint, resize_grid)
 from support.errors import UserError, explained, one_line
 from support.files import fetch, file_sha256, save_atomically
 from support.frozen import digest
@@ -196,10 +196,8 @@ def interpolate_positions(positions: Tensor, grid: int, antialias: bool) -> Tens
     g = math.isqrt(positions.shape[1] - 1)
     if g == grid or g**2 != positions.shape[1] - 1:  # no square grid: load_pretrained will say that they do not fit
         return positions
-    places = positions[:, 1:].float().unflatten(1, (g, g)).permute(0, 3, 1, 2)  # [1, D, g, g]
     how = dict(size=(grid, grid), antialias=True) if antialias else dict(scale_factor=(grid + 0.1) / g)
-    places = F.interpolate(places, mode="bicubic", **how)
-    return torch.cat([positions[:, :1], places.flatten(2).transpose(1, 2)], dim=1)
+    return torch.cat([positions[0, :1], resize_grid(positions[0, 1:], grid**2, **how)])[None]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -350,12 +348,10 @@ def open_teacher(config) -> nn.Module:
 
 def about_teacher(config, teacher: nn.Module) -> dict:
     """All that a teacher's features depend on beside the images, in plain values: for the key of a cache."""
-    name = config.tokenizer.teacher
-    about = dict(weights=digest(teacher), exact_gelu=config.tokenizer.teacher_gelu == "exact")
-    if name in TEACHERS:
-        return about | dict(teacher=name)
-    file, _, name = name.rpartition(":")  # not the file's place, but what stands in it
-    return about | dict(teacher=name, file=file_sha256(Path(file)))
+    file, _, name = config.tokenizer.teacher.rpartition(":")
+    about = dict(teacher=name, weights=digest(teacher), exact_gelu=config.tokenizer.teacher_gelu == "exact")
+    # Of a file of the user's own not its place counts, but what stands in it.
+    return about | dict(file=file_sha256(Path(file))) if file else about
 
 
 # ----------------------------------------------------------------------------------------------------------------
