@@ -52,12 +52,13 @@ def test_sentence_for_a_named_data_set_that_is_not_there(name, tmp_path):
         open_dataset(data.DataConfig(name, root=str(tmp_path)), "train")
 
 
-def test_sentence_for_a_failed_download(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error, shown", [(OSError("Network is unreachable"), "unreachable"), (EOFError(), "EOFError")])
+def test_sentence_for_a_failed_download(tmp_path, monkeypatch, error, shown):
     def no_network(*_, **__):
-        raise OSError("Network is unreachable")
+        raise error
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     for split in ("train", "val"):
-        with pytest.raises(UserError, match="cifar10 could not be fetched .*unreachable"):
+        with pytest.raises(UserError, match=f"cifar10 could not be fetched .*{shown}"):
             open_dataset(data.DataConfig("cifar10", root=str(tmp_path), download=True), split)
 
 
