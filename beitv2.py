@@ -250,9 +250,10 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     """Cuts images of C channels into patches and projects each linearly: [B, C, S, S] -> [B, N, D], row by row.
 
-    The convolution's stride equals its kernel, so that each patch meets the kernel exactly once. This is the same as
-    cutting out the patch, flattening it, and one linear layer. Patches do not overlap. Masking depends on that:
-    if they did, the pixels of a masked patch would leak through the tokens of its neighbours.
+    It is a convolution whose stride equals its kernel, so that each patch meets the kernel exactly once. This is the
+    same as cutting out the patch, flattening it, and one linear layer. That is how it is computed here, because a CPU
+    takes much longer for the gradient of such a convolution. Patches do not overlap. Masking depends on that: if they
+    did, the pixels of a masked patch would leak through the tokens of its neighbours.
     """
 
     def __init__(self, patch_size: int, in_channels: int, dim: int):
@@ -260,7 +261,11 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
+        # [B, C, S, S] -> [B, C, rows, P, columns, P] -> [B, rows, columns, C, P, P]; N is rows times columns
+        side = self.proj.stride[0]
+        patches = images.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.flatten(3).flatten(1, 2)  # [B, N, C P P]
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class RelativePositionBias(nn.Module):
