@@ -3,6 +3,8 @@
 No reader of the method needs this file: with one process, nothing in it does anything to a batch.
 """
 
+import contextlib
+import ctypes
 import math
 import os
 import sys
@@ -70,6 +72,18 @@ def is_announced() -> bool:
     if own >= total:
         raise UserError(f"the environment has RANK={own} and WORLD_SIZE={total}, and ranks count from 0: {ADVICE}")
     return True
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep memory that was freed, for whoever asks next, instead of giving it back to the system.
+
+    A training step frees and takes the same memory again and again. From the system each page of it comes as a fault,
+    filled with zeros. That took 5 to 18 % of a small model's step on a CPU. Other systems than Linux stay as they are.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has this file and this function
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: up to 32 MiB, the most it takes, no block is a mapping of its own
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: up to 1 GiB stays at the end of the heap
 
 
 def setup_distributed(device: str = "auto", threads: int = 0) -> torch.device:
