@@ -18,13 +18,15 @@ import tempfile
 import time
 from pathlib import Path
 
-ROUNDS = 5
-# Small pieces of the real runs: a step takes as long in them. `pixels` stands in for CLIP, whose answers are cached.
-SMALL = ["data.train_images=320", "data.val_images=64", "tokenizer.epochs=2", "tokenizer.warmup_epochs=1",
-         "tokenizer.knn_images=0", "pretrain.epochs=2", "pretrain.knn_every=0", "finetune.weights=none",
-         "finetune.mode=linear_probe", "finetune.probe_epochs=8", "device=cpu"]
-RUNS = {"demo": [], "imagenette": ["data.dataset=shapes", "data.train_images=96", "tokenizer.teacher=pixels"]}
-STAGES = {"tokenizer": "tokenizer", "pretrain": "pretrain", "probe": "finetune"}
+ROUNDS = 3
+# Small pieces of the real runs: a step takes as long in them. Images are drawn shapes, with one crop of each, which is
+# drawn in the first epoch and kept. `pixels` stands in for CLIP, whose answers are cached.
+SMALL = ["data.views=1", "data.val_images=64", "tokenizer.epochs=3", "tokenizer.warmup_epochs=1",
+         "tokenizer.knn_images=0", "pretrain.epochs=3", "pretrain.knn_every=0", "finetune.weights=none",
+         "finetune.epochs=3", "finetune.probe_epochs=3", "device=cpu"]
+RUNS = {"demo": ["data.train_images=640"],
+        "imagenette": ["data.train_images=192", "data.dataset=shapes", "tokenizer.teacher=pixels"]}
+STAGES = {"tokenizer": "tokenizer", "pretrain": "pretrain", "finetune": "finetune", "probe": "finetune"}
 PARTS = {
     "tokenizer sample": "a sample at 224 px from a JPEG of 500 x 375: tokenizer",
     "pretrain sample": "the same for pre-training, with mask",
@@ -33,12 +35,13 @@ PARTS = {
     "hog": "HOG of 128 crops of 48 px",
 } | {f"{run} {stage}": f"{run}.yaml, a step of {name}" for run in RUNS for stage, name in
      (("tokenizer", "the tokenizer, features cached"), ("pretrain", "pre-training, codes cached"),
-      ("probe", "the linear probe, features cached"))}
+      ("finetune", "fine-tuning"), ("probe", "the linear probe, features cached"))}
 
 
 def main(older: str, chosen: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_photos(Path(folder))
+        shutil.copytree(Path(older) / "configs", Path(folder) / "configs")  # recipes change: both clones take the older
         clones = [Clone(older, Path(folder) / "old"), Clone(Path(__file__).parents[1], Path(folder) / "new")]
         print("| part | older, ms | now, ms | ratio |\n|---|---|---|---|")
         for part, title in PARTS.items():
@@ -129,7 +132,10 @@ def time_hog() -> float:
 
 
 def time_steps(folder: Path, run: str, stage: str) -> float:
-    """The median over the steps of a small run: from one optimizer step to the next, with data, log and all."""
+    """The median over the steps of a small run: from one optimizer step to the next, with data, log and all.
+
+    The first of three epochs does not count, because it also draws the images.
+    """
     import importlib
 
     from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -138,11 +144,14 @@ def time_steps(folder: Path, run: str, stage: str) -> float:
     output = folder / run
     for script in ["tokenizer", "pretrain"] if stage == "pretrain" else [STAGES[stage]]:
         if script == STAGES[stage]:  # the tokenizer serves all rounds of pre-training
-            shutil.rmtree(output if stage == "probe" else output / stage, ignore_errors=True)
+            shutil.rmtree(output if script == "finetune" else output / stage, ignore_errors=True)
             ends.clear()
-        sys.argv = [f"{script}.py", f"configs/{run}.yaml", *SMALL, *RUNS[run], f"output_dir={output}"]
+        mode = ["finetune.mode=linear_probe"] if stage == "probe" else []
+        config = str(folder.parent / f"configs/{run}.yaml")
+        sys.argv = [f"{script}.py", config, *SMALL, *RUNS[run], *mode, f"output_dir={output}"]
         importlib.import_module(script).main()
     hook.remove()
+    ends = ends[len(ends) // 3:]
     return statistics.median(after - before for before, after in zip(ends, ends[1:]))
 
 

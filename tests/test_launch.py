@@ -3,6 +3,8 @@
 import errno
 import io
 import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -154,6 +156,26 @@ def test_threads(monkeypatch, variable, processes, asked, threads):
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
     setup_distributed("cpu", asked)
     assert chosen == ([] if threads is None else [threads])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to keep memory")
+def test_a_step_on_the_cpu_finds_the_memory_that_the_last_one_has_freed():
+    program = """
+import resource, torch
+from support.processes import setup_distributed
+setup_distributed("cpu", 1)
+def step():
+    blocks = [torch.zeros(2**18) for _ in range(40)]  # 40 blocks of 1 MiB: 10,240 pages
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_WORLD_SIZE")}
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, env=environment,
+                          capture_output=True, text=True)
+    assert int(done.stdout) < 10240, done.stderr
 
 
 @pytest.mark.parametrize("processes, asked, workers", [(1, 0, 0), (1, 3, 3), (1, 99, 8), (2, 8, 4), (3, 8, 2), (16, 8, 1), (16, 0, 0)])
