@@ -266,7 +266,7 @@ class TrainSamples(SeededSamples):
             sample["jitter"] = torch.empty(3).uniform_(max(0.0, 1 - self.jitter), 1 + self.jitter)
         if self.num_masked > 0:
             sample["mask"] = block_mask(self.mask_grid, self.num_masked, self.min_block)
-        if torch.rand(()) < self.erase:
+        if self.erase and torch.rand(()) < self.erase:
             erase_box(image)
         return sample
 
