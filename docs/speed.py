@@ -21,7 +21,7 @@ from pathlib import Path
 ROUNDS = 3
 # Small pieces of the real runs: a step takes as long in them. Images are drawn shapes, with one crop of each, which is
 # drawn in the first epoch and kept. `pixels` stands in for CLIP, whose answers are cached.
-SMALL = ["data.views=1", "data.val_images=64", "tokenizer.epochs=3", "tokenizer.warmup_epochs=1",
+SMALL = ["data.views=1", "data.val_images=64", "tokenizer.epochs=3", "tokenizer.warmup_epochs=9",
          "tokenizer.knn_images=0", "pretrain.epochs=3", "pretrain.knn_every=0", "finetune.weights=none",
          "finetune.epochs=3", "finetune.probe_epochs=3", "device=cpu"]
 RUNS = {"demo": ["data.train_images=640"],
