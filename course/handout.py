@@ -49,8 +49,8 @@ ASSIGNMENTS = {
 
 PROGRAMS = ["*.py", "support/*.py"]
 # What a student receives. Not the other tests, which give solutions away, and nothing else of this folder.
-COPIED = [*PROGRAMS, "README.md", "LICENSE", "Makefile", "requirements.txt", ".gitignore", "configs/*", "docs/**/*",
-          "tests/conftest.py", "tests/test_assignment*.py", "course/README.md", "course/experiments.py"]
+COPIED = [*PROGRAMS, "support/*.pt", "README.md", "LICENSE", "Makefile", "requirements.txt", ".gitignore", "configs/*",
+          "docs/**/*", "tests/conftest.py", "tests/test_assignment*.py", "course/README.md", "course/experiments.py"]
 
 
 def find_functions(source: str) -> dict[str, ast.FunctionDef]:
