@@ -23,20 +23,20 @@ from support.processes import say  # noqa: E402
 
 # What is done, by which script with which options, and its share of the time in per cent.
 STEPS = [
-    ("tokenizer: learn the words", tokenizer, [], 11),
-    ("pre-training: predict the words of what is hidden", pretrain, [], 47),
+    ("tokenizer: learn the words", tokenizer, [], 21),
+    ("pre-training: predict the words of what is hidden", pretrain, [], 54),
     ("k-NN, untrained", finetune, ["finetune.mode=knn", "finetune.weights=none"], 1),
     ("k-NN, pre-trained", finetune, ["finetune.mode=knn"], 1),
     ("linear probe, untrained", finetune, ["finetune.mode=linear_probe", "finetune.weights=none"], 5),
     ("linear probe, pre-trained", finetune, ["finetune.mode=linear_probe"], 5),
-    ("fine-tuning, untrained", finetune, ["finetune.weights=none"], 14),
-    ("fine-tuning, pre-trained", finetune, [], 15),
+    ("fine-tuning, untrained", finetune, ["finetune.weights=none"], 6),
+    ("fine-tuning, pre-trained", finetune, [], 6),
     ("results", finetune, ["finetune.mode=report"], 0),
     ("pictures of what was learned, on one page", visualize, ["visualize.decoder_steps=0"], 1),
 ]
 
 
-# What HOG teaches: the same commands with seed 0 and tokenizer.teacher=hog, which docs/results.md describes.
+# What another teacher gives: seed 0 of the same commands with tokenizer.teacher=hog.
 HOG = Path(__file__).resolve().parent / "demo" / "hog-0"
 
 
@@ -56,11 +56,12 @@ def main() -> None:
 
 
 def compare_teachers(folder: Path) -> None:
-    """Print what this run has reached beside what the same run reached with HOG's codes."""
-    here, hog = figures_of(folder), figures_of(HOG)
-    say(f"\nDo the codes decide what the student learns?\n{'pre-trained on the codes of':<26}{'this run':>12}{'HOG':>14}")
-    for title in (title for title in here if title in hog and title.endswith("%")):
-        say(f"{title.removesuffix(' %'):<26}{shown(title, here[title]):>10} %{shown(title, hog[title]):>12} %")
+    """Print what this run has reached beside what the same student learned from HOG's codes."""
+    columns = figures_of(folder, "_scratch"), figures_of(HOG), figures_of(folder)
+    say(f"\n{'validation images':<22}{'untrained':>12}{'HOG codes':>14}{'codes of this run':>20}")
+    for title in (title for title in columns[-1] if all(title in column for column in columns)):
+        values = [f"{shown(title, column[title])} %" for column in columns]  # what all three have are percentages
+        say(f"{title.removesuffix(' %'):<22}{values[0]:>12}{values[1]:>14}{values[2]:>20}")
 
 
 if __name__ == "__main__":
