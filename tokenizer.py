@@ -333,10 +333,6 @@ class VQKD(nn.Module):
         # embedding, a convolution of 1 x 1, is what lifts the C numbers of a code back to the decoder's width.
         self.grid, self.patch_size = self.encoder.grid, patch_size
         self.decoder = PatchTransformer(image_size=self.grid, patch_size=1, in_channels=codebook_dim, **decoder)
-        # Its weights are stored in the order in which this "image" lies in memory, pixel after pixel, because their
-        # gradients will be: DDP warns where the two differ.
-        proj = self.decoder.patch_embed.proj
-        proj.weight = nn.Parameter(proj.weight.detach().clone(memory_format=torch.channels_last))
         width, decoder_width = encoder["embed_dim"], decoder["embed_dim"]
         # Two small networks change the width: one from the encoder's to C, one from the decoder's to the teacher's.
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, codebook_dim))
