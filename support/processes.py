@@ -68,7 +68,8 @@ def is_announced() -> bool:
         raise UserError(f"the environment has RANK, but not {', '.join(lacking)}: {ADVICE}")
     port, own, total = map(from_environment, ("MASTER_PORT", "RANK", "WORLD_SIZE"))
     if port > 65535:
-        raise UserError(f"the environment has MASTER_PORT={port}, and ports end with 65535: {ADVICE}")
+        raise UserError(f"the environment has MASTER_PORT={port}, and ports end with 65535: set another one, or "
+                        f"{ADVICE}")
     if own >= total:
         raise UserError(f"the environment has RANK={own} and WORLD_SIZE={total}, and ranks count from 0: {ADVICE}")
     return True

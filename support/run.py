@@ -313,7 +313,9 @@ class Run:
                 first = broken.index(True)
                 step = self.step - len(broken) + first + 1
                 losses = [*self.recent_losses, *values["loss"][:first]][-5:]
-                advice = f"start anew in another output_dir with a lower {self.section}.lr or a longer warm-up"
+                warmup = "warmup_epochs" if hasattr(self.train, "warmup_epochs") else "warmup_iterations"
+                advice = (f"start anew in another output_dir with a lower {self.section}.lr or a longer "
+                          f"{self.section}.{warmup}")
                 if self.precision.name != "fp32" and self.saved_step:
                     advice += f", or go on from the checkpoint of step {self.saved_step} with precision=fp32"
                 raise UserError(f"the {name.replace('grad_norm', 'gradient')} is not finite at step {step} (the losses "
