@@ -103,6 +103,8 @@ def setup_distributed(device: str = "auto", threads: int = 0) -> torch.device:
     if use_cuda:
         torch.cuda.set_device(local_rank)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    else:
+        keep_freed_memory()
     # Where torchrun starts several processes, it sets OMP_NUM_THREADS to 1 if it is not set: then nobody has chosen.
     chosen = os.environ.get("OMP_NUM_THREADS", "")
     if threads or (not use_cuda and (not chosen or (chosen == "1" and local_world > 1))):
