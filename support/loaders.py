@@ -92,7 +92,7 @@ class Unreadable:
 class EpochBatches:
     """The batch sampler: it gives the workers lists of (epoch, index), one list for each batch.
 
-    TrainLoader sets `epoch` and `start` before each pass. The order of an epoch follows from (seed, epoch) alone. The
+    TrainLoader sets `epoch` and `start` before each pass. The order of an epoch follows from seed + epoch alone. The
     epoch is handed on with each index, because the worker needs it to seed the sample.
     """
 
