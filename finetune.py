@@ -43,7 +43,7 @@ from support.figures import results
 from support.files import say_if_unfinished, stage_checkpoint
 from support.frozen import Frozen, digest
 from support.launch import launch
-from support.loaders import ValLoader
+from support.loaders import ValLoader, evenly_chosen
 from support.optimizers import clip_gradients, make_optimizer
 from support.options import Amount, Beta, Count, PathText, Share, TrainConfig, load_config
 from support.processes import all_reduce_sum, gather_in_order, say
@@ -335,7 +335,7 @@ def knn_pulse(run: Run, model: VisionTransformer, train_set, val_set, images: in
     images   how many training images to compare with, evenly spaced
     """
     model.eval()
-    chosen = torch.linspace(0, len(train_set) - 1, min(images, len(train_set))).long().tolist()
+    chosen = evenly_chosen(len(train_set), images)
     bank = extract_features(run, model, open_val_loader(run, train_set, strict=False, indices=chosen), len(chosen))
     queries = extract_features(run, model, open_val_loader(run, val_set), len(val_set))
     return {f"knn_{kind}": value for kind, value in knn_figures(bank, queries).items()}

@@ -38,7 +38,7 @@ from support.datasets import SHAPES, SUFFIXES, Images, find_images, found, open_
 from support.errors import UserError, explained
 from support.files import say_if_unfinished, stage_checkpoint
 from support.launch import launch
-from support.loaders import ValLoader
+from support.loaders import ValLoader, evenly_chosen
 from support.optimizers import clip_gradients, make_optimizer
 from support.options import Amount, Count, Natural, OptimizerConfig, PathText, Share, load_config
 from support.pictures import paint
@@ -599,11 +599,6 @@ def train(config) -> None:
 def stage_folder(cfg: SegmentConfig) -> str:
     """Runs from an untrained backbone have a folder of their own."""
     return "segment_scratch" if cfg.weights == "none" else "segment"
-
-
-def evenly_chosen(total: int, number: int) -> list[int]:
-    """The places of `number` of `total` images, or of all if there are fewer."""
-    return torch.linspace(0, total - 1, min(number, total)).long().tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ from support.errors import UserError
 from support.files import say_if_unfinished, stage_checkpoint
 from support.frozen import Frozen, digest
 from support.launch import launch
-from support.loaders import ValLoader
+from support.loaders import ValLoader, evenly_chosen
 from support.optimizers import clip_gradients, make_optimizer
 from support.options import Amount, Beta, Count, Natural, PathText, Share, TrainConfig, load_config
 from support.processes import all_reduce_sum, gather_in_order, say, world_size
@@ -77,7 +77,7 @@ class TokenizerConfig(TrainConfig):
     betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: Amount = 1e-4
     teacher: TeacherName = "clip_vitb16"  # or another one of docs/teachers.md, or FILE.py:NAME
-    teacher_weights: PathText = ""  # path of the teacher's weights; empty: its public URL. `beitv2` needs pretrain.py's
+    teacher_weights: PathText = ""  # path of the teacher's weights; empty: its public URL. `beitv2` needs one of ours
     teacher_gelu: Literal["auto", "quick", "exact"] = "auto"  # of CLIP; auto: quick, as OpenAI's. LAION's want exact
     encoder: Literal["vqkd", "teacher"] = "vqkd"  # teacher: no VQ-KD, but k-means of the teacher's own features
     size: Literal["tiny", "small", "base", "large"] = "base"  # of the encoder; the three below override it
@@ -614,8 +614,7 @@ def open_bank(run: Run, train_set) -> ValLoader | None:
     """Evenly spaced training images, cropped as for validation, that bag_knn compares with; None without bag_knn."""
     if not run.config.tokenizer.knn_images or len(train_set.classes) < 2:
         return None
-    images = min(run.config.tokenizer.knn_images, len(train_set))
-    chosen = torch.linspace(0, len(train_set) - 1, images).long().tolist()
+    chosen = evenly_chosen(len(train_set), run.config.tokenizer.knn_images)
     samples = ValSamples(train_set, run.config.data.image_size, strict=False)
     return ValLoader(samples, run.device_batch, workers=run.config.data.workers, indices=chosen)
 

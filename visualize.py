@@ -38,7 +38,7 @@ from support.errors import UserError
 from support.figures import results
 from support.files import stage_checkpoint
 from support.launch import launch
-from support.loaders import ValLoader
+from support.loaders import ValLoader, evenly_chosen
 from support.options import Count, Natural, load_config
 from support.page import cells, missing, page, table
 from support.pixel_decoder import PixelDecoder, train_pixel_decoder
@@ -91,7 +91,7 @@ class Seen:
 def look(config) -> Seen:
     """Evenly chosen validation images, cropped as for validation."""
     _, val_set = open_datasets(config.data)
-    chosen = torch.linspace(0, len(val_set) - 1, min(config.visualize.images, len(val_set))).long().tolist()
+    chosen = evenly_chosen(len(val_set), config.visualize.images)
     samples = data.ValSamples(val_set, config.data.image_size, strict=val_set.labelled)
     batches = list(ValLoader(samples, 64, workers=config.data.workers, indices=chosen))
     whole = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
@@ -137,7 +137,7 @@ def clustered(features_of: nn.Module, images: Tensor, num_ids: int) -> Tensor:
     features = torch.cat([features_of(data.to_unit(part)) for part in images.split(64)]).flatten(0, 1).float()
     codes = vqkd.Quantizer(num_ids, features.shape[1])
     codes.init_from(features, seed=0)
-    return vqkd.nearest_code(F.normalize(features, dim=1), codes.embedding.weight)
+    return vqkd.nearest_code(F.normalize(features, dim=1), codes.vectors)
 
 
 @dataclass
@@ -327,7 +327,7 @@ def purity_table(config, seen: Seen, models: "Models") -> str:
         return ""
     rivals, note = {"k-means of HOG features": lambda: HOG(config.model.patch_size)}, ""
     if config.tokenizer.teacher != "hog":
-        rivals["k-means of the teacher's features"] = lambda: open_teacher(config)
+        rivals["k-means of the teacher's features"] = lambda: models.any_teacher
     codes = {"the tokenizer's codes": models.ids.flatten()}
     for name, open_features in rivals.items():
         try:
@@ -513,11 +513,14 @@ class Models:
         return open_trained(config)
 
     @functools.cached_property
+    def any_teacher(self) -> nn.Module:
+        return open_teacher(self.config)
+
+    @property
     def teacher(self) -> Teacher:
-        teacher = open_teacher(self.config)
-        if not isinstance(teacher, Teacher):
+        if not isinstance(self.any_teacher, Teacher):
             raise UserError(f"the teacher is {self.config.tokenizer.teacher}, which has no attention")
-        return teacher
+        return self.any_teacher
 
 
 TITLES = (("Results", results_section), ("One image through the three stages", way_section),

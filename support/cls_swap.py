@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from beitv2 import MaskedImageModel, score, take
 from data import ValSamples, fixed_masks, normalize, to_unit
-from support.loaders import ValLoader
+from support.loaders import ValLoader, evenly_chosen
 from support.processes import gather_in_order, rank, world_size
 from support.run import Run
 
@@ -94,7 +94,7 @@ def masked_accuracy(run: Run, model: MaskedImageModel, tokenizer: nn.Module, val
     Each image counts once, whatever the number of ranks, and the [CLS] of an image comes from the same other image.
     """
     model.eval()
-    chosen = torch.linspace(0, len(val_set) - 1, min(IMAGES, len(val_set))).long().tolist()
+    chosen = evenly_chosen(len(val_set), IMAGES)
     samples = ValSamples(val_set, run.config.data.image_size, strict=val_set.labelled)
     loader = ValLoader(samples, run.device_batch, workers=run.config.data.workers, indices=chosen)
     masks = fixed_masks(len(chosen), model.grid, run.config.pretrain)[rank()::world_size()].split(run.device_batch)

@@ -10,6 +10,7 @@ from torch import nn
 
 import data
 from beitv2 import MaskedImageModel, score, take
+from support.loaders import evenly_chosen
 from support.pictures import mask_picture, pixels
 from support.processes import rank
 from support.run import Run
@@ -22,7 +23,7 @@ def paint_epoch(run: Run, student: MaskedImageModel, tokenizer: nn.Module, val_s
         return
     student.eval()
     samples = data.ValSamples(val_set, run.config.data.image_size, strict=val_set.labelled)
-    chosen = torch.linspace(0, len(val_set) - 1, min(4, len(val_set))).long().tolist()
+    chosen = evenly_chosen(len(val_set), 4)
     images = torch.stack([samples[i]["image"] for i in chosen])
     masked = data.fixed_masks(len(chosen), student.grid, run.config.pretrain).to(run.device)
     with run.autocast():

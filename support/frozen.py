@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data import FixedCrops, ValSamples, to_unit
 from support.errors import UserError, explained
-from support.loaders import loader_options, with_plain_errors
+from support.loaders import evenly_chosen, loader_options, with_plain_errors
 from support.processes import all_reduce_sum, on_main, rank, say, world_size
 from support.run import Run
 
@@ -75,7 +75,7 @@ class Frozen:
         same to the bit however often this was interrupted.
         """
         run, images = self.run, self.images
-        some = torch.linspace(0, len(images) - 1, min(64, len(images))).long().tolist()
+        some = evenly_chosen(len(images), 64)
         pixels = torch.stack([images[row]["image"] for row in some])
         seen = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
         described = [about, len(images), dtype, run.precision.name, seen]

@@ -16,6 +16,11 @@ from support.launch import STOP_SIGNALS
 from support.processes import share_of_cores
 
 
+def evenly_chosen(total: int, number: int) -> list[int]:
+    """The places of `number` of `total` images, or of all if there are fewer."""
+    return torch.linspace(0, total - 1, min(number, total)).long().tolist()
+
+
 class TrainLoader:
     """Epochs of device batches of `samples`: shuffled, in the same order for any number of ranks and workers.
 

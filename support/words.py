@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from support.loaders import evenly_chosen
+
 
 def examples_of(ids: Tensor, code: int, count: int) -> list[tuple[int, int, int]]:
     """Up to `count` patches (image, row, column) with this code: from as many images as possible, evenly chosen."""
@@ -18,7 +20,7 @@ def examples_of(ids: Tensor, code: int, count: int) -> list[tuple[int, int, int]
     is_first[1:] = places[1:, 0] != places[:-1, 0]
     first, others = places[is_first], places[~is_first]
     if len(first) > count:
-        first = first[torch.linspace(0, len(first) - 1, count).long()]
+        first = first[evenly_chosen(len(first), count)]
     return [tuple(place) for place in torch.cat([first, others])[:count].tolist()]
 
 

@@ -316,6 +316,13 @@ def test_a_student_that_another_program_wrote_is_refused(tmp_path, content):
         open_teacher(read_config("tokenizer.teacher=beitv2"))
 
 
+def taught_by(model: torch.nn.Module, section: beitv2.ModelConfig, file: Path) -> Teacher:
+    """Saves a model of ours as our scripts do, and opens it as a teacher of 6 x 6 patches."""
+    torch.save({"model": model.state_dict(), "config": {"model": dataclasses.asdict(section)}}, file)
+    return open_teacher(read_config("tokenizer.teacher=beitv2", "data.image_size=48", "model.patch_size=8",
+                                    f"tokenizer.teacher_weights={file}"))
+
+
 def test_a_student_of_ours_is_a_teacher(tmp_path):
     """Rebuilt from what its checkpoint says, on the tokenizer's grid, whatever the patches of the next student."""
     torch.manual_seed(0)
@@ -323,10 +330,7 @@ def test_a_student_of_ours_is_a_teacher(tmp_path):
                                  abs_pos_embed=True)
     student = beitv2.MaskedImageModel(vocab_size=5, early_layers=1, head_layers=0,
                                       **section.backbone(24, tables="shared"))
-    content = {"model": student.state_dict(), "config": {"model": dataclasses.asdict(section)}}
-    torch.save(content, tmp_path / "student.pt")
-    teacher = open_teacher(read_config("tokenizer.teacher=beitv2", "data.image_size=48", "model.patch_size=8",
-                                       f"tokenizer.teacher_weights={tmp_path / 'student.pt'}"))
+    teacher = taught_by(student, section, tmp_path / "student.pt")
     images = torch.rand(2, 3, 24, 24)
     with torch.no_grad():
         expected = student.features((images - torch.tensor(teacher.mean).view(3, 1, 1))
@@ -340,10 +344,7 @@ def test_a_fine_tuned_model_of_ours_is_a_teacher(tmp_path):
     section = beitv2.ModelConfig(embed_dim=8, depth=1, num_heads=2, patch_size=4, abs_pos_embed=True)
     model = beitv2.Classifier(3, **section.backbone(24))
     torch.nn.init.normal_(model.fc_norm.weight)
-    content = {"model": model.state_dict(), "config": {"model": dataclasses.asdict(section)}}
-    torch.save(content, tmp_path / "model.pt")
-    teacher = open_teacher(read_config("tokenizer.teacher=beitv2", "data.image_size=48", "model.patch_size=8",
-                                       f"tokenizer.teacher_weights={tmp_path / 'model.pt'}"))
+    teacher = taught_by(model, section, tmp_path / "model.pt")
     images = torch.rand(2, 3, 24, 24)
     with torch.no_grad():
         expected = model.fc_norm(model.features(data.normalize(images))[:, 1:])
