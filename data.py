@@ -412,10 +412,10 @@ def load_strictly(load, dataset, index: int):
 # Act 4: augmentation on the device, for a whole batch at once.
 #
 # In pre-training, student and tokenizer look at the same pixels, jitter included. Else the codes to be predicted
-# would describe other colours than the student sees. (With `data.views` they do: codes are computed once, without
-# jitter.) They differ only in how they normalise: so the images stay in [0, 1] until each model gets them. Everything
-# here is arithmetic on tensors of a fixed shape. No function reads a value back from the device, so the host never
-# has to wait for it.
+# would describe other colours than the student sees. (With `data.views`, codes are computed once, without jitter, and
+# do describe other colours.) Each model normalises in its own way: so the images stay in [0, 1] until it gets them.
+# Everything here is arithmetic on tensors of a fixed shape. No function reads a value back from the device, so the
+# host never has to wait for it.
 # ---------------------------------------------------------------------------------------------------------
 
 

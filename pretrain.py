@@ -47,7 +47,7 @@ from support.errors import UserError
 from support.launch import launch
 from support.optimizers import clip_gradients, make_optimizer
 from support.options import Amount, Beta, Count, Natural, PathText, Share, TrainConfig, load_config
-from support.run import Run
+from support.run import Run, seed_everything
 from tokenizer import TokenizerConfig, load_tokenizer
 
 
@@ -114,6 +114,7 @@ def train(config) -> None:
 
     # Only the student learns. `student` is the same model as `model`, compiled if asked for, and synchronised between
     # processes if there are several.
+    seed_everything(config.seed)  # the same initial weights on each rank, whatever tokenizer was opened before
     model = build_model(config, tokenizer.num_ids).to(run.device)
     optimizer = make_optimizer(model, cfg)
     example = torch.zeros(1, 3, size, size), torch.zeros(1, cfg.num_masked, dtype=torch.int64)

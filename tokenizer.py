@@ -57,7 +57,7 @@ from support.loaders import ValLoader, evenly_chosen
 from support.optimizers import clip_gradients, make_optimizer
 from support.options import Amount, Beta, Count, Natural, PathText, Share, TrainConfig, load_config
 from support.processes import all_reduce_sum, gather_in_order, say, world_size
-from support.run import Run
+from support.run import Run, seed_everything
 from support.teachers import TeacherName, about_teacher, open_teacher
 
 
@@ -87,7 +87,7 @@ class TokenizerConfig(TrainConfig):
     init_std: Annotated[float, 0.001, 1.0] = 0.02  # of the initial weights; narrow models learn faster with more
     decoder_depth: Count = 3  # blocks of the decoder: shallow, so that the codes must do the work
     codebook_size: Annotated[int, 2, math.inf] = 8192  # K
-    codebook_dim: Count = 32  # C, how many numbers a code has: few, or most codes are never used
+    codebook_dim: Count = 32  # C, how many numbers a code has: with many, most codes go unused, says the paper
     ema_decay: Share = 0.99  # of the codebook's moving average; .95 is better for short runs
     commitment_beta: Amount = 1.0  # weight of the commitment loss
     kmeans_init: bool = True  # start from k-means over the first batch's vectors
@@ -111,7 +111,8 @@ class Quantizer(nn.Module):
 
     Low dimension. C is 32, while the encoder's width is hundreds. In a high dimension a few codes lie near everything
     and take all the hits, and the others are never used. So says the paper, which uses nearly all of 8192 codes with
-    C = 32. (Our small codebooks, of 256 codes, are used equally well with C = 8, 32 and 192: docs/ablations.md.)
+    C = 32. (Our small codebooks, of 256 codes, are used equally well with C = 8, 32 and 192. But there `revive_below`
+    brings back codes that nothing chooses: docs/ablations.md.)
 
     Length 1. Both z and the codes are scaled to length 1, so the nearest code is the one with the highest cosine. If
     lengths were free, a code could win or lose by its length alone.
@@ -157,7 +158,7 @@ class Quantizer(nn.Module):
         """
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=-1)  # [B, N, C], on the unit sphere
-            # Equation 1. `detach`: the nearest code is constant until it jumps, so this choice has no useful gradient.
+            # Equation 1. `detach`: the number of the nearest code is constant until it jumps. Its gradient is zero.
             ids = nearest_code(z.detach().flatten(0, 1), self.embedding.weight).view(z.shape[:2])  # [B, N]
             codes = self.embedding(ids)  # [B, N, C]
             if self.training:
@@ -458,6 +459,7 @@ def train(config) -> None:
 
     # The model that learns in this stage. `parallel` is the same model, compiled if asked for, and synchronised between
     # processes if there are several. The optimizer does not move the codebook, which has no gradient.
+    seed_everything(config.seed)  # the same initial weights on each rank, whatever teacher was opened before
     model = build_vqkd(config, teacher.output_dim).to(run.device)
     optimizer = make_optimizer(model, cfg)
     usage = CodeUsage(model.num_ids, run.device)
