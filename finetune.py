@@ -392,6 +392,7 @@ def linear_probe(config) -> None:
     train_set, val_set = open_datasets(config.data)
     require_labels(train_set, "a linear probe")
     run.notes = {"classes": train_set.classes}
+    run.cure = "lower finetune.probe_lrs"
     if run.train.batch_size == 1:
         raise UserError("BatchNorm needs at least two images at once: raise finetune.batch_size for a linear probe")
     backbone, source = open_backbone(run)

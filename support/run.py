@@ -86,6 +86,8 @@ class Run:
         self.metrics = Metrics(self.folder / "metrics.jsonl", self.device)
         self.record = self.metrics.record
         self.recent_losses: list[float] = []  # of the window before, to be told if the next one breaks
+        warmup = "warmup_epochs" if hasattr(train, "warmup_epochs") else "warmup_iterations"
+        self.cure = f"a lower {self.section}.lr or a longer {self.section}.{warmup}"  # if a loss is not finite
         self.notes: dict[str, Any] = {}  # plain values to go with every checkpoint, such as the classes' names
 
     # --- before the first step -----------------------------------------------------------------------------------
@@ -313,9 +315,7 @@ class Run:
                 first = broken.index(True)
                 step = self.step - len(broken) + first + 1
                 losses = [*self.recent_losses, *values["loss"][:first]][-5:]
-                warmup = "warmup_epochs" if hasattr(self.train, "warmup_epochs") else "warmup_iterations"
-                advice = (f"start anew in another output_dir with a lower {self.section}.lr or a longer "
-                          f"{self.section}.{warmup}")
+                advice = f"start anew in another output_dir with {self.cure}"
                 if self.precision.name != "fp32" and self.saved_step:
                     advice += f", or go on from the checkpoint of step {self.saved_step} with precision=fp32"
                 raise UserError(f"the {name.replace('grad_norm', 'gradient')} is not finite at step {step} (the losses "

@@ -1098,7 +1098,24 @@ def test_no_loss_that_is_not_finite_goes_on(home):
     """The run ends with the step, the losses before and advice."""
     text = refusal("finetune", home, "diverged", "finetune.lr=1e30", "finetune.weights=none", "finetune.warmup_epochs=0")
     assert "not finite at step 2" in text and "losses before: 2.30" in text
-    assert "learning rate" in text or "finetune.lr" in text and "finetune_scratch.lr" not in text
+    assert "a lower finetune.lr or a longer finetune.warmup_epochs" in text
+    text = refusal("finetune", home, "diverged", "finetune.mode=linear_probe", "finetune.probe_lrs=[1e38]")
+    assert "not finite at step" in text and "lower finetune.probe_lrs" in text  # its own rates, and no warm-up
+
+
+def test_initial_weights_depend_on_the_seed_alone(home):
+    """Runs that compare teachers begin alike, though opening a teacher or a tokenizer draws numbers too."""
+    def initial(script: str, teacher: str, seed: int = 0) -> torch.Tensor:
+        output, still = f"initial-{teacher}-{seed}", [f"{script}.{key}=0" for key in ("lr", "min_lr")]
+        folder = start(script, home, output, f"tokenizer.teacher={teacher}", "tokenizer.teacher_weights=", f"seed={seed}",
+                       f"{script}.epochs=1", *still,
+                       f"pretrain.tokenizer_weights={home / output}/tokenizer/last.pt")
+        model = torch.load(folder / script / "last.pt", weights_only=True)["model"]
+        return model[{"tokenizer": "encoder.blocks.0.mlp.fc1.weight", "pretrain": "blocks.0.mlp.fc1.weight"}[script]]
+
+    for script in ("tokenizer", "pretrain"):
+        assert initial(script, "hog").equal(initial(script, "shapes"))
+        assert not initial(script, "shapes", seed=1).equal(initial(script, "shapes"))
 
 
 # --- using what was trained ---------------------------------------------------------------------------------------
