@@ -236,7 +236,7 @@ class TrainSamples(SeededSamples):
         # the angles and strengths of timm, which the paper used (`rand-m9-mstd0.5-inc1`, without its noise). But
         # Posterize keeps 4 bits here and 1 there, and timm's list has Invert and SolarizeAdd instead of Identity.
         mean_colour = [round(255 * channel) for channel in IMAGENET_MEAN]
-        self.rand_augment = v2.RandAugment(2, 9, 11, BICUBIC, mean_colour) if rand_augment else None
+        self.rand_augment = RandAugment(2, 9, 11, BICUBIC, mean_colour) if rand_augment else None
         self.fixed_crops = FixedCrops(self)
         self.wants_images = True  # False: fixed crops come without `image`, for a loop that only reads a cache
 
@@ -332,6 +332,16 @@ class FixedCrops(Dataset):
         index, asked = self.drawn_from[rows].long(), rows % len(self.samples)
         return {"label": torch.from_numpy(self.samples.dataset.labels)[index], "index": index, "row": rows,
                 "unreadable": torch.where(index == asked, -1, asked)}
+
+
+class RandAugment(v2.RandAugment):
+    """torchvision's, to the same pixels. It moves images by whole pixels, and the nearest pixel is then the exact one:
+    bicubic interpolation would take forty times as long to find it."""
+
+    def _apply_image_or_video_transform(self, image, transform_id, magnitude, interpolation, fill):
+        if transform_id.startswith("Translate"):
+            interpolation = v2.InterpolationMode.NEAREST
+        return super()._apply_image_or_video_transform(image, transform_id, magnitude, interpolation, fill)
 
 
 def erase_box(image: Tensor) -> None:

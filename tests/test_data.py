@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -159,6 +160,25 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone():
     for another in (samples[3, 5], other_seed[2, 5]):
         assert not torch.equal(another["image"], once["image"]) and not torch.equal(another["jitter"], once["jitter"])
     assert len({tuple(samples[epoch, 5]["mask"].tolist()) for epoch in range(10)}) > 5
+
+
+def test_rand_augment_moves_images_by_the_nearest_pixel_to_the_same_result(monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    affine, used = F.affine, set()
+
+    def watched(image, **how):
+        used.add((kind.__module__, how["translate"] != [0, 0], how["interpolation"]))
+        return affine(image, **how)
+
+    monkeypatch.setattr(F, "affine", watched)
+    for seed in range(60):
+        results = []
+        for kind in (data.RandAugment, v2.RandAugment):
+            torch.manual_seed(seed)
+            results.append(np.asarray(kind(2, 9, 11, data.BICUBIC, [1, 2, 3])(Image.fromarray(pixels))))
+        assert np.array_equal(*results)
+    ours = {(moved, mode) for module, moved, mode in used if module == "data"}
+    assert ours == {(True, v2.InterpolationMode.NEAREST), (False, data.BICUBIC)}
 
 
 def test_rand_augment_gets_the_crop_and_its_result_is_the_sample():
