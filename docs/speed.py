@@ -108,12 +108,15 @@ def time_samples(folder: Path, stage: str) -> float:
         from support.datasets import open_dataset
     except ImportError:
         from data import open_dataset
+    with contextlib.suppress(ImportError):
+        from support.processes import keep_freed_memory
+        keep_freed_memory()  # as a run does before it starts its workers
     samples = getattr(data, "TrainSamples", None) or data.TrainView
     options = {"tokenizer": {}, "pretrain": dict(crop_scale=(0.2, 1.0), jitter=0.4, num_masked=75, mask_grid=14),
                "finetune": dict(rand_augment=True, erase=0.25)}[stage]
     config = data.DataConfig(dataset="imagefolder", root=str(folder.parent / "photos"))
     made = samples(open_dataset(config, "train"), 0, 224, **options)
-    return timed(lambda: [made[epoch, index] for epoch in range(4) for index in range(len(made))], 1) / (4 * len(made))
+    return timed(lambda: [made[epoch, index] for epoch in range(4) for index in range(len(made))], 4) / (4 * len(made))
 
 
 def time_mask() -> float:
