@@ -633,7 +633,7 @@ class MaskedImageModel(VisionTransformer):
         """
         # Prediction 2. The final [CLS] takes the place of the early one, in front of the early patch tokens: [B, T, D].
         # Nothing is detached. The gradient of this loss reaches blocks l+1 ... L through [CLS] alone, and blocks
-        # 1 ... l through the early patches too.
+        # 1 ... l through the early patches too. (Position bias, norm and output layer are used here as well, and learn.)
         x = torch.cat([last[:, :1], early[:, 1:]], dim=1)
         # In the head, each masked patch reads from [CLS] what its early token does not know.
         for block in self.cls_pt_layers:

@@ -421,7 +421,7 @@ def linear_probe(config) -> None:
                 group["lr"] = lr[step] * group["lr_scale"]
             parts.append((features_of(batch), batch["label"]))  # [b, widths], [b]
             if last:
-                # All micro-batches of all ranks together.
+                # All micro-batches of all ranks together: one batch, so no loss is divided by the number of parts.
                 features, labels = (gather_in_order(torch.cat(part)) for part in zip(*parts))
                 parts.clear()
                 logits = probes(dict(zip(widths, features.split([*widths.values()], dim=1))))
