@@ -480,8 +480,8 @@ def init_weights(model: nn.Module, truncate_at: float, convolutions: bool = Fals
     left has a standard deviation of 0.011.
 
     Narrow models want a larger `std`. A sum over D inputs has a deviation of sqrt(D) times that of the weights. With
-    D = 768 and 0.02 that is 0.55, so a layer hands on about half of what comes in. With D = 128 it is 0.23: all branches
-    begin so small that a short run spends most of its steps on enlarging them. So it wants an `std` of
+    D = 768 and 0.02 that is 0.55, so a layer hands on about half of what comes in. With D = 128 it is 0.23: all
+    branches begin so small that a short run spends most of its steps on enlarging them. So it wants an `std` of
     0.02 * sqrt(768 / D) or more.
 
     What is not named here keeps its constants: norms ones and zeros, layer scales theirs, bias tables zeros.
@@ -633,7 +633,7 @@ class MaskedImageModel(VisionTransformer):
         """
         # Prediction 2. The final [CLS] takes the place of the early one, in front of the early patch tokens: [B, T, D].
         # Nothing is detached. The gradient of this loss reaches blocks l+1 ... L through [CLS] alone, and blocks
-        # 1 ... l through the early patches too. (Position bias, norm and output layer are used here as well, and learn.)
+        # 1 ... l through the early patches too. (Position bias, norm and output layer are used here too, and learn.)
         x = torch.cat([last[:, :1], early[:, 1:]], dim=1)
         # In the head, each masked patch reads from [CLS] what its early token does not know.
         for block in self.cls_pt_layers:
@@ -973,8 +973,8 @@ def load_pretrained(model: nn.Module, checkpoint: str | Path | dict, source: str
     refuse("lacks tensors that this model needs", [name for name in missing if name not in report.fresh])
     broken = [name for name in report.loaded if not target[name].isfinite().all()]
     if broken:  # such a tokenizer would give each patch the id 0, and pre-training would learn to say so
-        raise ModelError(f"'{report.source}' holds numbers that are not finite, in {', '.join(broken[:4])}: the run that "
-                         f"wrote it has failed, so train it anew or choose another checkpoint")
+        raise ModelError(f"'{report.source}' holds numbers that are not finite, in {', '.join(broken[:4])}: the run "
+                         f"that wrote it has failed, so train it anew or choose another checkpoint")
     return report
 
 
