@@ -44,8 +44,8 @@ SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "la
 
 # What is special about some parameters. A new part of the model may have to be added here.
 ROLES = {
-    # Parameters of the model itself:
     "drawn": ("cls_token", "mask_token", "pos_embed", "register_tokens"),  # vectors with random initial values
+    # The last part of the names of parameters:
     "undecayed": ("cls_token", "pos_embed"),  # no weight decay; the same holds for all biases and norms
     # How the names of parameters begin:
     "layer 0": ("cls_token", "mask_token", "pos_embed", "patch_embed."),  # below the first block, for layer decay
@@ -529,7 +529,7 @@ class MaskedImageModel(VisionTransformer):
     """The pre-training model (paper section 2.3): it predicts the ids of the masked patches, twice.
 
     The first prediction is BEiT's. It comes from the patch tokens of the last layer. It trains the patches well, but
-    [CLS] badly: no loss looks at [CLS], so nothing asks it to say what the image is about.
+    [CLS] by chance: no loss looks at [CLS], so nothing asks it to say what the image is about.
 
     The second prediction is new in BEiT v2 and is called patch aggregation. A small transformer, the aggregation
     head, gets the *final* [CLS] and the patch tokens of the *early* layer l, and predicts the same ids again.
@@ -785,7 +785,7 @@ def lr_scale(name: str, depth: int, layer_decay: float) -> float:
 ALWAYS_DROPPED_ENDS = ("relative_position_index", "quantize.cluster_size", "quantize.embedding.initted",
                        "quantize.embedding.cluster_size", "quantize.embedding.embed_avg")
 ALWAYS_DROPPED_STARTS = ("teacher", "scaling", "loss")
-WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # DistributedDataParallel, torch.compile, Lightning
 
 
 @dataclass

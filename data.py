@@ -3,9 +3,9 @@
     worker:  decode -> random resized crop -> flip -> uint8, and a mask  (class TrainSamples)
     device:  colour jitter -> normalise                                  (the functions at the end)
 
-A worker is a process that prepares samples while the device computes. The work is divided between them like this:
-what needs the decoded file, or shrinks it, is done by the worker. What is the same simple arithmetic for each pixel is
-done by the device, for a whole batch at once. Images travel as uint8, a quarter of the bytes of float32.
+A worker is a process that prepares samples while the device computes. It decodes and crops, and for fine-tuning it
+augments. Jitter and normalising are the same simple arithmetic for each pixel: the device does them for a whole batch
+at once. Images travel as uint8, a quarter of the bytes of float32.
 
 Every random choice of a training sample (crop, flip, RandAugment, jitter factors, mask, erased box) is drawn in the
 worker from a generator seeded by (seed, epoch, index), and is part of the sample, also where the device carries it
@@ -335,8 +335,8 @@ class FixedCrops(Dataset):
 
 
 class RandAugment(v2.RandAugment):
-    """torchvision's, to the same pixels. It moves images by whole pixels, and the nearest pixel is then the exact one:
-    bicubic interpolation would take forty times as long to find it."""
+    """torchvision's, to the same pixels, but quicker. Its operation Translate moves an image by whole pixels. So the
+    nearest pixel is the exact one, and bicubic interpolation would take forty times as long to find it."""
 
     def _apply_image_or_video_transform(self, image, transform_id, magnitude, interpolation, fill):
         if transform_id.startswith("Translate"):

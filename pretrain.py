@@ -47,7 +47,7 @@ from support.errors import UserError
 from support.launch import launch
 from support.optimizers import clip_gradients, make_optimizer
 from support.options import Amount, Beta, Count, Natural, PathText, Share, TrainConfig, load_config
-from support.run import Run, seed_everything
+from support.run import Run
 from tokenizer import TokenizerConfig, load_tokenizer
 
 
@@ -114,7 +114,6 @@ def train(config) -> None:
 
     # Only the student learns. `student` is the same model as `model`, compiled if asked for, and synchronised between
     # processes if there are several.
-    seed_everything(config.seed)  # the same initial weights on each rank, whatever tokenizer was opened before
     model = build_model(config, tokenizer.num_ids).to(run.device)
     optimizer = make_optimizer(model, cfg)
     example = torch.zeros(1, 3, size, size), torch.zeros(1, cfg.num_masked, dtype=torch.int64)
@@ -130,7 +129,8 @@ def train(config) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = lr[step] * group["lr_scale"]
 
-            # 1. The pixels. Random colours are augmentation, like the random crop: no image looks the same twice.
+            # 1. The pixels. Random colours are augmentation, like the random crop: an image never looks the same twice
+            #    (but with `data.views` its crops come back).
             images = jittered(batch)  # [B, 3, S, S] in [0,1]
 
             # 2. The mask, as positions of hidden patches. Every image has the same number M of them. So all shapes are

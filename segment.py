@@ -148,6 +148,8 @@ def open_split(config, split: Literal["train", "val"]) -> Images:
     if len(cfg.classes) == 1:
         raise UserError(f"segment.classes lists '{cfg.classes[0]}' only, and one class cannot be told from anything: "
                         f"name the background too")
+    if twice := [name for name in cfg.classes if cfg.classes.count(name) > 1]:
+        raise UserError(f"segment.classes lists '{twice[0]}' twice: give each class a name of its own")
     if not 1 < len(cfg.classes) < IGNORE:
         raise UserError(f"segment.classes lists {len(cfg.classes)} names: list those of the annotations' classes, 254 "
                         f"at most")

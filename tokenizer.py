@@ -57,7 +57,7 @@ from support.loaders import ValLoader, evenly_chosen
 from support.optimizers import clip_gradients, make_optimizer
 from support.options import Amount, Beta, Count, Natural, PathText, Share, TrainConfig, load_config
 from support.processes import all_reduce_sum, gather_in_order, say, world_size
-from support.run import Run, seed_everything
+from support.run import Run
 from support.teachers import TeacherName, about_teacher, open_teacher
 
 
@@ -158,7 +158,7 @@ class Quantizer(nn.Module):
         """
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=-1)  # [B, N, C], on the unit sphere
-            # Equation 1. `detach`: the number of the nearest code is constant until it jumps. Its gradient is zero.
+            # Equation 1. `detach`: while z moves, its id stays the same until it jumps. No gradient can come through it.
             ids = nearest_code(z.detach().flatten(0, 1), self.embedding.weight).view(z.shape[:2])  # [B, N]
             codes = self.embedding(ids)  # [B, N, C]
             if self.training:
@@ -404,6 +404,7 @@ def build_vqkd(config, teacher_dim: int) -> VQKD:
                 c.init_std)
 
 
+@torch.random.fork_rng(devices=[])  # the student's initial weights are to depend on the seed alone
 def load_tokenizer(config, given: str, key: str) -> "tuple[VQKD | teacher_codes.TeacherTokenizer, Path]":
     """The trained tokenizer, frozen, and the path of its checkpoint.
 
@@ -459,7 +460,6 @@ def train(config) -> None:
 
     # The model that learns in this stage. `parallel` is the same model, compiled if asked for, and synchronised between
     # processes if there are several. The optimizer does not move the codebook, which has no gradient.
-    seed_everything(config.seed)  # the same initial weights on each rank, whatever teacher was opened before
     model = build_vqkd(config, teacher.output_dim).to(run.device)
     optimizer = make_optimizer(model, cfg)
     usage = CodeUsage(model.num_ids, run.device)

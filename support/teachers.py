@@ -336,6 +336,7 @@ def grid_of(config) -> int:
     return config.data.image_size // config.model.patch_size
 
 
+@torch.random.fork_rng(devices=[])  # the tokenizer's initial weights are to depend on the seed alone
 def open_teacher(config) -> nn.Module:
     """The teacher that `tokenizer.teacher` names, its patch grid that of the tokenizer. Raises UserError."""
     name, gelu = config.tokenizer.teacher, config.tokenizer.teacher_gelu

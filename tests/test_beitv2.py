@@ -384,7 +384,7 @@ def test_half_precision_checkpoints_load():
     assert all(p.dtype == torch.float32 for p in new.parameters())
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module." * 2])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "model._orig_mod.", "module." * 2])
 def test_prefixes_of_wrappers_are_taken_off(prefix):
     old, new = tiny(), randomised(tiny(), seed=1)
     report = load_pretrained(new, {"model": {prefix + name: value for name, value in old.state_dict().items()}})

@@ -415,6 +415,11 @@ def test_one_class_is_refused(tmp_path):
         segment.open_split(config(tmp_path, classes=["lesion"], reduce_zero_label=True), "train")
 
 
+def test_two_classes_of_one_name_are_refused(tmp_path):
+    with pytest.raises(UserError, match="lists 'b' twice: give each class a name of its own"):
+        segment.open_split(config(tmp_path, classes=["a", "b", "c", "b"]), "train")
+
+
 def test_the_table_says_over_which_classes_its_mean_is(capsys):
     confusion = torch.zeros(4, 4, dtype=torch.int64)
     confusion[0, 0], confusion[1, 1], confusion[0, 2] = 6, 2, 2  # the third is only predicted, the fourth not even that
