@@ -341,7 +341,7 @@ class VisionTransformer(nn.Module):
     layer_scale      initial value of gamma_1 and gamma_2, 0 for none
     init_std         standard deviation of the initial weights, see init_weights
     drop_path        rate of the last block, see drop_path_rates
-    final_norm       False for models that bring a norm of their own (`fc_norm`)
+    final_norm       False for models that bring a norm of their own (`fc_norm`), or read hidden states (segmentation)
     pre_norm, quick_gelu, norm_eps, num_registers     what CLIP and DINOv2 have, and BEiT does not
     """
 

@@ -46,7 +46,9 @@ class DataConfig:
     root: PathText = "data"  # a folder of images, or ROOT/{train,val}/CLASS/*.jpg with classes; or where to download to
     download: bool = False  # fetch a named data set that is not in `root`
     image_size: Count = 224  # pixels, square
-    views: Natural = 0  # fixed crops of each image, of which epoch e takes number e mod views; 0: new ones each epoch
+    # Fixed crops of each image, of which epoch e takes number e mod views; 0: new ones in each epoch. Fine-tuning and
+    # segmentation always draw new ones.
+    views: Natural = 0
     cache: PathText = ""  # with views: folder for what frozen networks say of crops; empty: OUTPUT_DIR/cache; none: off
     workers: Natural = 8  # loader processes per rank
     train_images: Count = 4000  # `shapes` only: how many training images to make

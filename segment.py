@@ -66,7 +66,7 @@ class SegmentConfig(OptimizerConfig):
     warmup_iterations: Natural = 1500  # linear warm-up, on top of the linear decay to 0
     batch_size: Count = 16
     lr: Amount = 5e-5
-    layer_decay: Share = 0.75  # a layer learns this much slower than the one above it
+    layer_decay: Share = 0.75  # a layer's learning rate is this times that of the layer above it
     drop_path: Share = 0.15
     dropout: Share = 0.1  # before each of the two output layers
     crop_size: Count = 512  # pixels; training crops and evaluation windows are squares of this size

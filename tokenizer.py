@@ -315,8 +315,8 @@ class VQKD(nn.Module):
     """Vector-quantized knowledge distillation (section 2.2, Figure 2).
 
     The encoder is large and the decoder is shallow on purpose. A deep decoder could guess much of what the teacher says
-    from the neighbours of a patch, and the codes themselves would need to say less. After training, the decoder is
-    thrown away: stage 2 needs only `token_ids`.
+    from the neighbours of a patch, and the codes themselves would need to say less. After training, nobody
+    asks the decoder again: stage 2 needs the ids alone.
 
     encoder, decoder    dict(embed_dim, depth, num_heads) of each
     teacher_dim         width of the teacher's patch features
