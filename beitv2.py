@@ -545,8 +545,8 @@ class MaskedImageModel(VisionTransformer):
     say what helps with all of them: what the image shows. That is how [CLS] learns this without any label. (So the
     paper argues, and its ablation shows what the linear probe of [CLS] gains by it. Our demo shows a part: with its own
     [CLS] the head names 35 to 37 % of the hidden codes, with that of another image 26 to 34 %, so [CLS] does tell it
-    what the image shows. But k-NN and probe of [CLS] are as good without a head there. In two runs three times as long the probe was 3
-    and 2 points better with it: docs/results.md.)
+    what the image shows. But k-NN and probe of [CLS] are as good without a head there. In two runs three times as long
+    the probe was 3 and 2 points better with it: docs/results.md.)
 
     If l were L, the head would see the final patches, and could do without [CLS]. If the head were deep, it could
     compute what is missing by itself. In both cases [CLS] would learn little. After training, the head is thrown away.
