@@ -297,11 +297,13 @@ class FixedCrops(Dataset):
     """With `views` V, all V * len(dataset) crops of a TrainSamples, those of epoch 0 first: [row] is one of its
     samples.
 
-    They are kept in memory, up to 1 GiB in each process, because each will be needed again.
+    They are kept in memory, up to 1 GiB in each process, because each will be needed again. Drawn shapes keep theirs
+    for all stages in one process, such as those of the demo.
     """
 
     def __init__(self, samples: TrainSamples):
-        self.samples, self.kept = samples, {}
+        kind = samples.size, *samples.crop_scale, samples.rand_augment is None
+        self.samples, self.kept = samples, getattr(samples.dataset, "crops", {}).setdefault(kind, {})
         # For each crop that was made, the index of its image, else -1. It is another image than the one that was asked
         # for, if that one cannot be read.
         self.drawn_from = torch.full((len(self),), -1, dtype=torch.int32)

@@ -422,11 +422,13 @@ class Shapes(Images):
     """`count` images of one shape each, drawn when asked for, from (split, index) alone."""
 
     drawn: dict[tuple, tuple] = {}  # each process keeps what it has drawn, up to 256 MiB
+    drawn_crops: dict[tuple, dict] = {}  # likewise: what data.FixedCrops has drawn of them
 
     def __init__(self, split: str, count: int, image_size: int):
         numbers = np.arange(count)
         super().__init__(numbers, numbers % len(SHAPES), list(SHAPES), title=f"shapes/{split}")
         self.split, self.size = split, image_size
+        self.crops = self.drawn_crops.setdefault((split, count, image_size), {})
 
     def load(self, index: int) -> Tensor:
         """uint8 [3, H, W]"""

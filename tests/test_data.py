@@ -255,6 +255,18 @@ def test_where_torchvision_finds_no_box_nothing_is_erased(monkeypatch):
 # --- fixed views ----------------------------------------------------------------------------------------------------
 
 
+def test_stages_of_one_process_share_the_crops_of_drawn_shapes_that_are_alike():
+    def crop(dataset, size=16, **options):
+        return data.TrainSamples(dataset, 3, size, views=2, **options).fixed()[41]["image"]
+
+    first = crop(shapes(), crop_scale=(0.5, 1.0))
+    assert crop(shapes(), crop_scale=(0.5, 1.0)) is first  # another stage opens the data set anew
+    others = [crop(shapes(), crop_scale=(0.6, 1.0)), crop(shapes(), 17, crop_scale=(0.5, 1.0)), crop(shapes("val"),
+              crop_scale=(0.5, 1.0)), crop(shapes(count=30), crop_scale=(0.5, 1.0)), crop(shapes(size=33),
+              crop_scale=(0.5, 1.0)), crop(shapes(), crop_scale=(0.5, 1.0), rand_augment=True)]
+    assert not any(other.shape == first.shape and other.equal(first) for other in others)
+
+
 def test_with_views_the_crop_comes_back_and_all_else_is_drawn_anew():
     samples = data.TrainSamples(shapes(), 3, 16, jitter=0.4, num_masked=6, mask_grid=4, min_block=2, views=2)
     first, other, again = (batch_of(samples, epoch) for epoch in (0, 1, 2))
