@@ -19,8 +19,8 @@ To use what was trained, on photos of your own:
     torchrun finetune.py configs/demo.yaml finetune.mode=features finetune.images=PHOTO_OR_FOLDER   # as a tensor file
     torchrun finetune.py configs/demo.yaml finetune.mode=export     # weights for the published code, timm, transformers
 
-The first three write metrics.jsonl into OUTPUT_DIR/MODE/, or into OUTPUT_DIR/MODE_scratch/ for `weights: none`; those
-that train write last.pt there too, and fine-tuning also best.pt.
+`finetune`, `linear_probe` and `knn` write metrics.jsonl into OUTPUT_DIR/MODE/, or into OUTPUT_DIR/MODE_scratch/ for
+`weights: none`. Those that train write last.pt there too, and fine-tuning also best.pt.
 """
 
 import copy
