@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import FixedCrops, ValSamples, to_unit
-from support.errors import UserError, explained
+from support.errors import Interrupted, UserError, explained
 from support.loaders import evenly_chosen, loader_options, with_plain_errors
 from support.processes import all_reduce_sum, on_main, rank, say, world_size
 from support.run import Run
@@ -102,6 +102,8 @@ class Frozen:
         bar = tqdm(with_plain_errors(loader), desc=f"{name} of {len(images)} images", total=len(mine), leave=False,
                    dynamic_ncols=True, disable=None if rank() == 0 else True)
         for rows, batch in zip(mine, bar):
+            if run.stop and run.stop.time is not None:  # a signal was heard; steps would obey it, but this may take long
+                raise Interrupted(f"'{path}' keeps what was computed; the same command goes on from there")
             values[rows.start:rows.stop] = self.asked(batch["image"].to(run.device)).cpu().numpy()
             drawn_from[rows.start:rows.stop] = batch["index"].int() + 1
         drawn_from = all_reduce_sum(drawn_from).cpu() - 1  # here all ranks wait for each other

@@ -88,6 +88,7 @@ class Run:
         self.recent_losses: list[float] = []  # of the window before, to be told if the next one breaks
         warmup = "warmup_epochs" if hasattr(train, "warmup_epochs") else "warmup_iterations"
         self.cure = f"a lower {self.section}.lr or a longer {self.section}.{warmup}"  # if a loss is not finite
+        self.stop: Stop | None = None  # hears signals, from `begin` on
         self.notes: dict[str, Any] = {}  # plain values to go with every checkpoint, such as the classes' names
 
     # --- before the first step -----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 from support import frozen  # noqa: E402
-from support.errors import UserError  # noqa: E402
+from support.errors import Interrupted, UserError  # noqa: E402
 from support.frozen import Frozen, cache_folder  # noqa: E402
 from support.loaders import TrainLoader, ValLoader  # noqa: E402
 from test_data import shapes  # noqa: E402
@@ -32,7 +32,7 @@ def mean_colours(images: torch.Tensor) -> torch.Tensor:
 def run_of(path: Path, **options):
     config = types.SimpleNamespace(output_dir=str(path), data=data.DataConfig(**dict(cache=str(path), views=2, workers=0)
                                                                               | options))
-    return types.SimpleNamespace(config=config, device=torch.device("cpu"), compiles=False,
+    return types.SimpleNamespace(config=config, device=torch.device("cpu"), compiles=False, stop=None,
                                  precision=types.SimpleNamespace(name="fp32"), autocast=contextlib.nullcontext)
 
 
@@ -121,6 +121,26 @@ def test_a_cache_is_computed_once_and_goes_on_where_it_was(tmp_path):
     assert len(computed) == 5  # 80 crops in blocks of 16, none of them twice
     assert np.array_equal(pieces.values, make(tmp_path / "whole").values) and len(pieces.values) == 80
     make(tmp_path, refuse)
+
+
+def test_a_signal_ends_the_filling_of_a_cache_and_loses_nothing(tmp_path):
+    run, asked = run_of(tmp_path), []
+    run.stop = types.SimpleNamespace(time=None)
+
+    def ask(images: torch.Tensor) -> torch.Tensor:
+        asked.append(len(images))
+        run.stop.time = 1.0 if len(asked) == 3 else None  # heard while the second block is computed
+        return mean_colours(images)
+
+    samples = data.TrainSamples(shapes(), 3, 16, views=2)
+    with pytest.raises(Interrupted, match="keeps what was computed; the same command goes on from there"):
+        Frozen(run, ask, "colours", samples, "mean", "float32")
+    assert asked == [1, 16, 16]  # the first one tells the shape
+    asked.clear()
+    run.stop = types.SimpleNamespace(time=None)
+    again = Frozen(run, lambda images: asked.append(len(images)) or mean_colours(images), "colours", samples, "mean",
+                   "float32")
+    assert asked == [16, 16, 16] and np.isfinite(again.values).all()  # 80 crops: two blocks were kept
 
 
 def test_other_crops_networks_or_data_sets_have_a_cache_of_their_own(tmp_path):
