@@ -10,7 +10,7 @@
 #
 # Seen with torch 2.14.1, torchvision 0.29.1, Pillow 13.0.0, Python 3.11 (224 px, magnitude 9 of 11, all on one core):
 #   TranslateX, TranslateY: the same pixels True True
-#   nearest is quicker 20 to 50 times (5 times is asserted)
+#   nearest is quicker 17 to 50 times (5 times is asserted)
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
