@@ -5,8 +5,8 @@
 # the magnitude is a real number. Or else they do not interpolate, since there is nothing between two pixels to find.
 #
 # What happens: the magnitude is cut to an integer, and the image goes through the whole bicubic filter. The result is
-# bit for bit that of the nearest pixel, which takes less than a tenth of the time. AutoAugment,
-# TrivialAugmentWide and AugMix call the same function. Two of RandAugment's fourteen operations are of this kind.
+# bit for bit that of the nearest pixel, which takes less than a tenth of the time. AutoAugment, TrivialAugmentWide and
+# AugMix call the same function. Two of RandAugment's fourteen operations are of this kind.
 #
 # Seen with torch 2.14.1, torchvision 0.29.1, Pillow 13.0.0, Python 3.11 (224 px, magnitude 9 of 11, all on one core):
 #   TranslateX, TranslateY: the same pixels True True
