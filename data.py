@@ -280,7 +280,8 @@ class TrainSamples(SeededSamples):
         """Many samples for the loader: a list of them, or, of fixed crops, at once a batch of tensors [B, ...]."""
         if not self.views:
             return [self[pair] for pair in epochs_and_indices]
-        rows = [epoch % self.views * len(self) + index for epoch, index in epochs_and_indices]
+        images = len(self)
+        rows = [epoch % self.views * images + index for epoch, index in epochs_and_indices]
         if not self.wants_images:
             return self.fixed_crops.numbers(rows)
         batch = self.fixed_crops.__getitems__(rows)
@@ -375,6 +376,8 @@ class ValSamples(Dataset):
 
     An image that cannot be read is a UserError. If `strict` is False, samples also say whether the image is `readable`:
     an unreadable one is black, and the caller must leave it out.
+
+    Of drawn shapes each process keeps these crops, up to 256 MiB: an image is looked at in many passes.
     """
 
     def __init__(self, dataset, image_size: int, strict=True):
@@ -386,13 +389,22 @@ class ValSamples(Dataset):
     def __getitem__(self, index: int) -> dict:
         readable = True
         try:
-            image = centre_crop(load_strictly(self.dataset.load, self.dataset, index), self.size)
+            image = self.crop(index)
         except UserError:
             if self.strict:
                 raise
             image, readable = torch.zeros(3, self.size, self.size, dtype=torch.uint8), False
         sample = {"image": image, "label": self.dataset.label(index), "index": index, "row": index}
         return sample if self.strict else sample | {"readable": readable}
+
+    def crop(self, index: int) -> Tensor:
+        kept = getattr(self.dataset, "crops", {}).setdefault(self.size, {})
+        if index in kept:
+            return kept[index]
+        image = centre_crop(load_strictly(self.dataset.load, self.dataset, index), self.size)
+        if len(kept) < 2**28 // image.numel():
+            kept[index] = image
+        return image
 
     def fixed(self) -> "ValSamples":
         """Validation images never change."""

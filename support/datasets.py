@@ -422,7 +422,7 @@ class Shapes(Images):
     """`count` images of one shape each, drawn when asked for, from (split, index) alone."""
 
     drawn: dict[tuple, tuple] = {}  # each process keeps what it has drawn, up to 256 MiB
-    drawn_crops: dict[tuple, dict] = {}  # what data.FixedCrops has drawn of them, and keeps
+    drawn_crops: dict[tuple, dict] = {}  # what data.py has cropped from them, and keeps
 
     def __init__(self, split: str, count: int, image_size: int):
         numbers = np.arange(count)

@@ -267,6 +267,15 @@ def test_stages_of_one_process_share_the_crops_of_drawn_shapes_that_are_alike():
     assert not any(other.shape == first.shape and other.equal(first) for other in others)
 
 
+def test_all_passes_over_drawn_shapes_share_their_centre_crops():
+    first = data.ValSamples(shapes("val"), 16)[3]["image"]
+    assert data.ValSamples(shapes("val"), 16, strict=False)[3]["image"] is first
+    assert torch.equal(first, data.centre_crop(shapes("val").load(3), 16))
+    for samples, index in ((data.ValSamples(shapes("val"), 16), 4), (data.ValSamples(shapes("train"), 16), 3),
+                           (data.ValSamples(shapes("val"), 24), 3), (data.ValSamples(shapes("val", size=33), 16), 3)):
+        assert torch.equal(samples[index]["image"], data.centre_crop(samples.dataset.load(index), samples.size))
+
+
 def test_with_views_the_crop_comes_back_and_all_else_is_drawn_anew():
     samples = data.TrainSamples(shapes(), 3, 16, jitter=0.4, num_masked=6, mask_grid=4, min_block=2, views=2)
     first, other, again = (batch_of(samples, epoch) for epoch in (0, 1, 2))
