@@ -20,7 +20,7 @@ import beitv2  # noqa: E402
 import data  # noqa: E402
 import pretrain  # noqa: E402
 import tokenizer as vqkd  # noqa: E402
-from support.cls_swap import another_image, predict  # noqa: E402
+from support.cls_swap import another_image, predict, with_other_cls  # noqa: E402
 from support.datasets import open_dataset  # noqa: E402
 from support.options import load_config  # noqa: E402
 
@@ -131,10 +131,11 @@ def swap(run: str) -> None:
         mask = torch.stack([data.block_mask(model.grid, cfg.num_masked, cfg.min_block, generator) for _ in images])
         masked = beitv2.masked_positions(mask, cfg.num_masked)
         ids = beitv2.take(tokenizer.token_ids(images), masked)
-        _, own = predict(model, data.normalize(images), masked)
+        _, read = predict(model, data.normalize(images), masked)
+        own = read[:, 0]
         for name, cls in {"its own": own, "another image's": own[another_image(len(own))],
                           "the mean": own.mean(dim=0).expand_as(own)}.items():
-            loss, hits = beitv2.score(predict(model, data.normalize(images), masked, cls)[0][1], ids)
+            loss, hits = beitv2.score(with_other_cls(model, read, cls, masked), ids)
             print(f"seed {seed}, the head with {name} [CLS]: loss {loss:.3f}, accuracy {hits.float().mean():.1%}")
 
 

@@ -23,16 +23,16 @@ from support.processes import say  # noqa: E402
 
 # What is done, by which script with which options, and its share of the time in per cent.
 STEPS = [
-    ("tokenizer: learn the words", tokenizer, [], 21),
-    ("pre-training: predict the words of what is hidden", pretrain, [], 54),
+    ("tokenizer: learn the words", tokenizer, [], 31),
+    ("pre-training: predict the words of what is hidden", pretrain, [], 47),
     ("k-NN, untrained", finetune, ["finetune.mode=knn", "finetune.weights=none"], 1),
     ("k-NN, pre-trained", finetune, ["finetune.mode=knn"], 1),
-    ("linear probe, untrained", finetune, ["finetune.mode=linear_probe", "finetune.weights=none"], 5),
-    ("linear probe, pre-trained", finetune, ["finetune.mode=linear_probe"], 5),
-    ("fine-tuning, untrained", finetune, ["finetune.weights=none"], 6),
-    ("fine-tuning, pre-trained", finetune, [], 6),
+    ("linear probe, untrained", finetune, ["finetune.mode=linear_probe", "finetune.weights=none"], 4),
+    ("linear probe, pre-trained", finetune, ["finetune.mode=linear_probe"], 4),
+    ("fine-tuning, untrained", finetune, ["finetune.weights=none"], 5),
+    ("fine-tuning, pre-trained", finetune, [], 5),
     ("results", finetune, ["finetune.mode=report"], 0),
-    ("pictures of what was learned, on one page", visualize, ["visualize.decoder_steps=0"], 1),
+    ("pictures of what was learned, on one page", visualize, ["visualize.decoder_steps=0"], 2),
 ]
 
 

@@ -15,31 +15,24 @@ from support.loaders import ValLoader, evenly_chosen
 from support.processes import gather_in_order, rank, world_size
 from support.run import Run
 
-IMAGES = 1000  # validation images to look at; 1000 of 224 pixels take 150 MB
+IMAGES = 1000  # validation images to look at; what the base model's head reads of 1000 takes 600 MB, over all ranks
 
 
-def predict(model: MaskedImageModel, images: Tensor, masked: Tensor,
-            cls: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
-    """What the model predicts if its head gets a [CLS] of our choice.
-
-    images, masked   as for the model: [B, 3, S, S] normalised, and int64 [B, M]
-    cls              what the head shall get in place of the final [CLS], [B, D]; None: the image's own
-    returns          the model's predictions, and the [CLS] that the head has got, [B, D]; None if there is no head
-    """
-    got = []
-
-    def give(block: nn.Module, arguments: tuple) -> tuple:
-        x, *others = arguments  # x: [CLS] and the early patches, [B, T, D]
-        if cls is not None:
-            x = torch.cat([cls[:, None].to(x.dtype), x[:, 1:]], dim=1)
-        got.append(x[:, 0])
-        return x, *others
-
-    hooks = [block.register_forward_pre_hook(give) for block in model.cls_pt_layers[:1]]  # none without a head
+def predict(model: MaskedImageModel, images: Tensor, masked: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    """The model's predictions for images [B, 3, S, S], normalised, masked at [B, M]; and what its head has read: the
+    final [CLS] and the early patches, [B, T, D], or None if there is no head."""
+    read = []
+    hooks = [block.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0]))
+             for block in model.cls_pt_layers[:1]]  # none without a head
     predictions = model(images, masked)
     for hook in hooks:
         hook.remove()
-    return predictions, got[0] if got else None
+    return predictions, read[0] if read else None
+
+
+def with_other_cls(model: MaskedImageModel, read: Tensor, cls: Tensor, masked: Tensor) -> Tensor:
+    """The head's logits [B, M, K] if it reads `cls` [B, D] in place of the [CLS] in `read` [B, T, D]."""
+    return model.aggregate(cls[:, None].to(read.dtype), read, masked, model.shared_position_bias())
 
 
 def another_image(count: int) -> Tensor:
@@ -63,28 +56,35 @@ def hits_by_cls(model: MaskedImageModel, batches: list[tuple[Tensor, Tensor, Ten
                "cls_accuracy" with the image's own [CLS], "cls_accuracy_swapped" with that of another image, and
                "cls_accuracy_mean" with the mean [CLS] of all images
     """
-    device, sizes = next(model.parameters()).device, [len(images) for images, *_ in batches]
+    device = next(model.parameters()).device
 
-    def ask(cls: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The hits of each prediction, [n, M], where the head gets `cls` [n, D], and what it has got, [n, D]."""
-        given = [None] * len(batches) if cls is None else cls[rank()::world_size()].split(sizes)
-        hits, got = {name: [] for name in model.prediction_names}, []
-        for (images, masked, ids), part in zip(batches, given, strict=True):
+    def gathered(parts: list[Tensor]) -> Tensor:
+        return gather_in_order(torch.cat(parts), len(readable))
+
+    hits, read = {name: [] for name in model.prediction_names}, []
+    for images, masked, ids in batches:
+        with autocast():
+            predictions, part = predict(model, normalize(to_unit(images.to(device))), masked.to(device))
+        for parts, logits in zip(hits.values(), predictions, strict=True):
+            parts.append(score(logits, ids.to(device))[1])
+        read.append(part)
+    found = {f"{name}_accuracy": gathered(parts) for name, parts in hits.items()}
+
+    def hits_with(cls: Tensor) -> Tensor:
+        """The head's hits [n, M] with other [CLS], [n, D]; the backbone need not run again."""
+        mine, parts = cls[rank()::world_size()].split([len(images) for images, *_ in batches]), []
+        for (_, masked, ids), tokens, part in zip(batches, read, mine, strict=True):
             with autocast():
-                predictions, part = predict(model, normalize(to_unit(images.to(device))), masked.to(device), part)
-            for parts, logits in zip(hits.values(), predictions, strict=True):
-                parts.append(score(logits, ids.to(device))[1])
-            got.append(part)
-        gathered = {name: gather_in_order(torch.cat(parts), len(readable)) for name, parts in hits.items()}
-        return gathered, gather_in_order(torch.cat(got), len(readable)) if model.head_layers else None
+                logits = with_other_cls(model, tokens, part, masked.to(device))
+            parts.append(score(logits, ids.to(device))[1])
+        return gathered(parts)
 
-    hits, own = ask()
-    found = {f"{name}_accuracy": hit for name, hit in hits.items()}
-    if own is not None:
+    if model.head_layers:
+        own = gathered([tokens[:, 0] for tokens in read])
         usable = readable.nonzero().flatten().to(device)
         other = own.index_copy(0, usable, own[usable[another_image(len(usable)).to(device)]])
-        found["cls_accuracy_swapped"] = ask(other)[0]["cls"]
-        found["cls_accuracy_mean"] = ask(own[usable].mean(dim=0).expand_as(own))[0]["cls"]
+        found["cls_accuracy_swapped"] = hits_with(other)
+        found["cls_accuracy_mean"] = hits_with(own[usable].mean(dim=0).expand_as(own))
     return {name: hit.cpu() for name, hit in found.items()}
 
 

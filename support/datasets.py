@@ -478,7 +478,7 @@ class Shapes(Images):
         """A polygon in the unit square, less the hole if there is one, antialiased: [H, W, 1] coverage in [0, 1]."""
         mask = Image.new("L", (self.size * oversampling,) * 2)
         for outline, fill in zip(outlines, (255, 0)):
-            ImageDraw.Draw(mask).polygon(list(map(tuple, outline * mask.width)), fill=fill)
+            ImageDraw.Draw(mask).polygon((outline * mask.width).flatten().tolist(), fill=fill)
         return np.asarray(mask.reduce(oversampling), dtype=np.float32)[..., None] / 255
 
     def texture(self, rng) -> np.ndarray:
