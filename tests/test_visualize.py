@@ -231,6 +231,7 @@ def test_parts_are_those_of_the_crop_that_is_shown(parts, monkeypatch):
         patch_size=12)
     white = lambda self, i: torch.from_numpy(255 * self.segmentation(i).clip(0, 1)).expand(3, -1, -1)  # noqa: E731
     monkeypatch.setattr(Shapes, "load", white)
+    monkeypatch.setattr(Shapes, "drawn_crops", {})  # none is kept from other tests
     seen = visualize.look(wanted)
     patches = seen.images[:, 0].unfold(1, 12, 12).unfold(2, 12, 12).flatten(3).float().mean(dim=-1)  # [n, grid, grid]
     assert patches[seen.parts == 0].max() < 10 < 245 < patches[seen.parts == 1].min()
