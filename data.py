@@ -398,6 +398,7 @@ class ValSamples(Dataset):
         return sample if self.strict else sample | {"readable": readable}
 
     def crop(self, index: int) -> Tensor:
+        """The centre crop of an image, uint8 [3, S, S]. Only drawn shapes have `crops`, a place to keep it."""
         kept = getattr(self.dataset, "crops", {}).setdefault(self.size, {})
         if index in kept:
             return kept[index]
