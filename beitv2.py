@@ -239,10 +239,21 @@ class Block(nn.Module):
         self.gamma_1 = nn.Parameter(torch.full([dim], layer_scale)) if layer_scale else None
         self.gamma_2 = nn.Parameter(torch.full([dim], layer_scale)) if layer_scale else None
 
-    def forward(self, x: Tensor, position_bias: Tensor | None = None) -> Tensor:
-        # Attention is the only place where tokens exchange information. The MLP then works on each token alone.
-        branch = self.attn(self.norm1(x), position_bias)  # [B, T, D]
-        x = x + self.drop_path(branch if self.gamma_1 is None else self.gamma_1 * branch)
+    def forward(self, x: Tensor, position_bias: Tensor | None = None, asked: Tensor | None = None) -> Tensor:
+        """Tokens [B, T, D] -> [B, T, D]; with `asked`, int64 [B, A], only the tokens at these places: [B, A, D]."""
+        x = self.add_attention(x, position_bias)
+        # From here on each token is on its own. One that nobody asks for may leave: the others have read it already.
+        if asked is not None:
+            x = take(x, asked)
+        return self.add_mlp(x)
+
+    def add_attention(self, x: Tensor, position_bias: Tensor | None) -> Tensor:
+        """x + attention(norm(x)), [B, T, D]: the only place where tokens exchange information."""
+        branch = self.attn(self.norm1(x), position_bias)
+        return x + self.drop_path(branch if self.gamma_1 is None else self.gamma_1 * branch)
+
+    def add_mlp(self, x: Tensor) -> Tensor:
+        """x + MLP(norm(x)), [B, T, D], for each token alone."""
         branch = self.mlp(self.norm2(x))
         return x + self.drop_path(branch if self.gamma_2 is None else self.gamma_2 * branch)
 
@@ -428,8 +439,8 @@ class VisionTransformer(nn.Module):
             return None
         return self.position_bias(self.rel_pos_bias.relative_position_bias_table)
 
-    def run_block(self, block: Block, x: Tensor, position_bias: Tensor | None) -> Tensor:
-        """One block: [B, T, D] -> [B, T, D], with the shared `position_bias`, or with that of its own table.
+    def run_block(self, block: Block, x: Tensor, position_bias: Tensor | None, asked: Tensor | None = None) -> Tensor:
+        """One block: see Block.forward. It gets the shared `position_bias`, or that of its own table.
 
         With `checkpoint_activations` the backward pass computes the block a second time, instead of keeping all its
         intermediate results in memory.
@@ -437,19 +448,19 @@ class VisionTransformer(nn.Module):
         if position_bias is None and hasattr(block.attn, "relative_position_bias_table"):
             position_bias = self.position_bias(block.attn.relative_position_bias_table)
         if self.checkpoint_activations and self.training:
-            return checkpoint(block, x, position_bias, use_reentrant=False)
-        return block(x, position_bias)
+            return checkpoint(block, x, position_bias, asked, use_reentrant=False)
+        return block(x, position_bias, asked)
 
-    def forward_blocks(self, x: Tensor, position_bias: Tensor | None,
-                       keep: tuple[int, ...] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+    def forward_blocks(self, x: Tensor, position_bias: Tensor | None, keep: tuple[int, ...] = (),
+                       asked: Tensor | None = None) -> tuple[Tensor, dict[int, Tensor]]:
         """Run all blocks. Returns the last hidden state [B, T, D], and those after the blocks that `keep` names.
 
         Blocks are counted from 1 here, as in the paper: 9 means after the ninth block. The final norm is not
-        applied to them.
+        applied to them. With `asked`, int64 [B, A], the last block gives only the tokens at these places, [B, A, D].
         """
         kept = {}
         for layer, block in enumerate(self.blocks, start=1):
-            x = self.run_block(block, x, position_bias)
+            x = self.run_block(block, x, position_bias, asked if layer == self.depth else None)
             if layer in keep:
                 kept[layer] = x
         return x, kept
@@ -609,15 +620,24 @@ class MaskedImageModel(VisionTransformer):
         # Built once, used by all blocks and by the head.
         position_bias = self.shared_position_bias()  # [1, H, T, T], or None
 
-        # The whole sequence runs through the blocks, masked patches included (MAE leaves them out). In the
-        # place of a masked patch, attention gathers from the visible ones what may be there. x is the state after the
-        # last block, [B, T, D]. kept[l] is the state after block l, [B, T, D], of the same pass.
-        x, kept = self.forward_blocks(self.embed(images, masked, self.mask_token), position_bias, (self.early_layers,))
+        # Only [CLS] and the masked patches are asked for something in the end: tokens 0 and 1 + masked. A visible patch
+        # sees its own pixels, so naming its code would be an exercise in copying. So visible patches need no output
+        # layer, which is the largest matrix product of the model (D x 8192 for each token), and no MLP in the last
+        # block. Leaving them out there changes no number of the others.
+        asked = torch.cat([torch.zeros_like(masked[:, :1]), 1 + masked], dim=1)  # [B, 1 + M]
 
-        # Prediction 1. Only the masked patches are asked: [B, N, D] -> [B, M, D] -> [B, M, K]. A visible patch sees its
-        # own pixels, so naming its code would be an exercise in copying. Picking before the norm and the output layer
-        # also saves 60 % of the largest matrix product of the model: D x 8192 for each token.
-        predictions = [self.lm_head(self.norm(take(x[:, 1:], masked)))]
+        # Until there, the whole sequence runs through the blocks, masked patches included (MAE leaves them out). In the
+        # place of a masked patch, attention gathers from the visible ones what may be there. x is the state after the
+        # last block, [B, 1 + M, D]. kept[l] is the state after block l, [B, T, D], of the same pass.
+        x = self.embed(images, masked, self.mask_token)
+        if self.early_layers != self.depth:
+            x, kept = self.forward_blocks(x, position_bias, (self.early_layers,), asked)
+        else:  # the head reads the visible patches of the last layer
+            x, kept = self.forward_blocks(x, position_bias, (self.early_layers,))
+            x = take(x, asked)
+
+        # Prediction 1, of the masked patches: [B, M, D] -> [B, M, K].
+        predictions = [self.lm_head(self.norm(x[:, 1:]))]
         if self.head_layers:
             predictions.append(self.aggregate(x, kept[self.early_layers], masked, position_bias))
         return predictions
@@ -625,8 +645,9 @@ class MaskedImageModel(VisionTransformer):
     def aggregate(self, last: Tensor, early: Tensor, masked: Tensor, position_bias: Tensor | None) -> Tensor:
         """Patch aggregation (Figure 3 of the paper): predict the ids again, from the final [CLS] and early patches.
 
-        last, early     tokens [B, T, D] after the last block, and after block `early_layers`; the final norm is not
-                        applied to them: it comes after the head, before the output layer
+        last            tokens after the last block, [CLS] first, [B, 1 or more, D]; the others are not read
+        early           tokens [B, T, D] after block `early_layers`. The final norm is applied to neither: it comes
+                        after the head, before the output layer
         masked          int64 [B, M]
         position_bias   the bias of the shared table, or None for none; the head's blocks get it as it is
         returns         logits [B, M, K]
@@ -636,12 +657,13 @@ class MaskedImageModel(VisionTransformer):
         # 1 ... l through the early patches too. (Position bias, norm and output layer are used here too, and learn.)
         x = torch.cat([last[:, :1], early[:, 1:]], dim=1)
         # In the head, each masked patch reads from [CLS] what its early token does not know.
-        for block in self.cls_pt_layers:
-            x = self.run_block(block, x, position_bias)
+        for layer, block in enumerate(self.cls_pt_layers, start=1):
+            asked = 1 + masked if layer == self.head_layers else None  # after the head, only the masked patches
+            x = self.run_block(block, x, position_bias, asked)
         # The final norm and the output layer are those of prediction 1, unless the head has its own.
         norm = getattr(self, "cls_pt_norm", self.norm)
         lm_head = getattr(self, "cls_pt_lm_head", self.lm_head)
-        return lm_head(norm(take(x[:, 1:], masked)))
+        return lm_head(norm(x))
 
 
 def masked_positions(mask: Tensor, num_masked: int) -> Tensor:

@@ -28,7 +28,7 @@ class Assignment:
 ASSIGNMENTS = {
     1: Assignment("Attention with relative position bias", {
         "beitv2.py": ["relative_position_index", "VisionTransformer.position_bias", "Attention.queries_keys_values",
-                      "Attention.forward", "Block.forward"]}),
+                      "Attention.forward", "Block.add_attention", "Block.add_mlp"]}),
     2: Assignment("Block-wise masks", {
         "data.py": ["block_mask"],
         "beitv2.py": ["masked_positions"]}),

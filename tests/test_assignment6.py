@@ -70,6 +70,20 @@ def test_the_head_sees_no_late_patches(masked_image_model):
         "the head should not see patches of the last layer, but does: with late patches it needs nothing from [CLS]"
 
 
+def test_the_last_tokens_may_be_fewer(masked_image_model):
+    model = masked_image_model()
+    last, early = hidden_states()
+    expected = aggregate(model, last, early)
+    try:
+        found = aggregate(model, last[:, :5], early)  # [CLS] and the masked patches, as `forward` may pass them
+    except (IndexError, RuntimeError) as error:
+        if isinstance(error, NotImplementedError):
+            raise
+        found = None
+    assert found is not None and torch.allclose(found, expected, atol=1e-5), \
+        "of `last` the head should read nothing but [CLS], so that the other tokens may be missing, but it needs them"
+
+
 def test_the_head_sees_no_early_cls(masked_image_model):
     last, early = hidden_states()
     assert not moves(masked_image_model(), last, early, early[:, 0]), \

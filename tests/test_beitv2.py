@@ -199,6 +199,32 @@ def test_a_kept_layer_is_counted_from_one():
     assert torch.equal(kept[1], model.blocks[0](x))
 
 
+@pytest.mark.parametrize("early_layers", [1, 3])
+def test_tokens_that_nobody_asks_for_leave_before_the_last_mlp(early_layers):
+    """Logits and gradients are those of all tokens. The head reads all tokens of layer 3 of 3, so there none leaves."""
+    model = tiny_mim(early_layers=early_layers)
+    bias = model.shared_position_bias()
+    x = model.embed(images(), MASKED, model.mask_token)
+    last, kept = model.forward_blocks(x, bias, (early_layers,))
+    x = torch.cat([last[:, :1], kept[early_layers][:, 1:]], dim=1)
+    for block in model.cls_pt_layers:
+        x = block(x, bias)
+    expected = [model.lm_head(model.norm(beitv2.take(tokens[:, 1:], MASKED))) for tokens in (last, x)]
+    sum(logits.square().sum() for logits in expected).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    counts = []
+    for block in (*model.blocks, *model.cls_pt_layers):
+        block.mlp.register_forward_hook(lambda _, inputs, output: counts.append(output.shape[1]))
+    found = model(images(), MASKED)
+    sum(logits.square().sum() for logits in found).backward()
+    assert counts == [17, 17, 5 if early_layers == 1 else 17, 17, 4]
+    for here, there in zip(found, expected, strict=True):
+        assert torch.allclose(here, there, atol=1e-5)
+    assert all(torch.allclose(p.grad, gradients[name], atol=1e-4) for name, p in model.named_parameters())
+
+
 @pytest.mark.parametrize("rel_pos_bias", ["shared", "per_block"])
 def test_checkpointed_activations_give_the_same_gradients(rel_pos_bias):
     """Bit for bit, drop path included: the second forward pass must drop what the first one dropped."""
