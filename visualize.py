@@ -264,7 +264,7 @@ def belief(seen: Seen, ids: Tensor, i: int, said: Predictions, name: str, m: int
         shown = picture(*places[0]) if places else np.full_like(pictures[0][0], 128)
         pictures.append((shown, f"{code}: {100 * share:.0f} %{' ✓' if code == truth else ''}"))
     heading = html.escape(f"{PREDICTIONS.get(name, name)}, patch {position + 1}")
-    return f"<div><p>{heading}</p>{cells(pictures, smallest=52)}</div>"
+    return f"<div><p>{heading}</p>{cells(pictures, smallest=50)}</div>"
 
 
 @torch.no_grad()
@@ -428,7 +428,7 @@ def attention_section(config, seen, models) -> str:
                     image = framed(image, (query - 1) % grid * side, (query - 1) // grid * side, side)
                 pictures = [(image, seen.caption(i)), (heat_map(heads.mean(dim=0)), "mean")]
                 pictures += [(heat_map(head), f"head {h}") for h, head in enumerate(heads, 1)]
-                parts.append(f"<div><p>{name}, block {layer}, {token}</p>{cells(pictures, smallest=52)}</div>")
+                parts.append(f"<div><p>{name}, block {layer}, {token}</p>{cells(pictures, smallest=50)}</div>")
     return f'<div class="columns">{"".join(parts)}</div>'
 
 
@@ -441,7 +441,7 @@ def neighbours_section(config, seen, models) -> str:
     cls, parts = torch.cat(tokens)[:, 0].float(), []
     for i in shown_images(config, seen):
         pictures = [(pixels(seen.images[j]), seen.caption(j)) for j in (i, *nearest_images(cls, i, 5))]
-        parts.append(f"<div>{cells(pictures, smallest=52)}</div>")
+        parts.append(f"<div>{cells(pictures, smallest=50)}</div>")
     chart = scatter_chart("[CLS] of all images", principal_components(cls), seen.labels, seen.classes)
     return f'{"" if seen.classes else missing(NO_LABELS)}<div class="columns">{"".join(parts)}</div>{chart}'
 
