@@ -359,22 +359,17 @@ class LinearProbes(nn.Module):
     def __init__(self, widths: dict[str, int], num_classes: int, num_lrs: int):
         super().__init__()
         self.norms = nn.ModuleDict({kind: nn.BatchNorm1d(width, affine=False) for kind, width in widths.items()})
-        self.heads = nn.ModuleDict({kind: nn.ModuleList(nn.Linear(width, num_classes) for _ in range(num_lrs))
-                                    for kind, width in widths.items()})
+        # The classifiers of all rates lie side by side in one layer, because many small products take longer.
+        self.heads = nn.ModuleDict({kind: nn.Linear(width, num_lrs * num_classes) for kind, width in widths.items()})
         for heads in self.heads.values():
-            for head in heads:
-                nn.init.normal_(head.weight, std=0.01)
-                nn.init.zeros_(head.bias)
+            nn.init.normal_(heads.weight, std=0.01)
+            nn.init.zeros_(heads.bias)
+        self.num_lrs = num_lrs
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Features [B, D] by pooling -> logits [learning rates, B, classes] by pooling."""
-        normed = {kind: norm(features[kind]) for kind, norm in self.norms.items()}  # once: each call moves the averages
-        return {kind: self.logits(normed[kind], heads) for kind, heads in self.heads.items()}
-
-    def logits(self, features: Tensor, heads: nn.ModuleList) -> Tensor:
-        """[B, D] -> [heads, B, classes]: one matrix product for all heads, because many small ones take longer."""
-        weight, bias = torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
-        return F.linear(features, weight, bias).unflatten(1, (len(heads), -1)).transpose(0, 1)
+        return {kind: heads(self.norms[kind](features[kind])).unflatten(1, (self.num_lrs, -1)).transpose(0, 1)
+                for kind, heads in self.heads.items()}
 
 
 def linear_probe(config) -> None:
@@ -398,11 +393,10 @@ def linear_probe(config) -> None:
     backbone, source = open_backbone(run)
     widths = {kind: part.shape[1] for kind, part in pooled(torch.zeros(1, 2, backbone.embed_dim)).items()}
     probes = LinearProbes(widths, len(train_set.classes), len(cfg.probe_lrs)).to(run.device)
-    # Each learning rate has one group: its head for each pooling.
-    groups = [dict(params=[p for head in heads for p in head.parameters()], lr_scale=rate)
-              for rate, *heads in zip(cfg.probe_lrs, *probes.heads.values())]
+    # SGD's step is its rate times a sum of gradients. So a head whose loss is multiplied by a rate learns with this rate.
+    rates = torch.tensor(cfg.probe_lrs, device=run.device).repeat(len(widths))  # [heads]
     # `fused`: with fp16, the device itself decides whether to skip a step. Else the host would wait for the answer.
-    optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, fused=True)
+    optimizer = torch.optim.SGD(probes.parameters(), lr=1.0, momentum=0.9, fused=True)
 
     samples = TrainSamples(train_set, config.seed, config.data.image_size, cfg.crop_scale, views=config.data.views)
     run.begin(samples, source, probes=probes, optimizer=optimizer)
@@ -417,8 +411,7 @@ def linear_probe(config) -> None:
         probes.train()
         parts = []
         for step, batch, last in run.micro_batches(epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = lr[step] * group["lr_scale"]
+            optimizer.param_groups[0]["lr"] = lr[step]
             parts.append((features_of(batch), batch["label"]))  # [b, widths], [b]
             if last:
                 # All micro-batches of all ranks together: one batch, so no loss is divided by the number of parts.
@@ -429,8 +422,8 @@ def linear_probe(config) -> None:
                 losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none")
                 losses = losses.view(len(logits), -1).mean(dim=1)
                 # Each loss depends on one head only. So the gradient of the sum gives each head the gradient of its own
-                # loss.
-                run.scaler.scale(losses.sum()).backward()
+                # loss, times its rate.
+                run.scaler.scale((rates * losses).sum()).backward()
                 run.scaler.unscale_(optimizer)
                 grad_norm = clip_gradients(optimizer, cfg.clip_grad)
                 run.scaler.step(optimizer)

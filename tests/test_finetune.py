@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+CODE = Path(__file__).parent.parent
+sys.path.insert(0, str(CODE))
 import finetune  # noqa: E402
 from data import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
 
@@ -67,9 +68,36 @@ def test_a_probe_moves_its_batch_norms_once_a_step_and_each_head_has_its_own_gra
     logits = probes(features)
     for kind, norm in probes.norms.items():
         assert norm.num_batches_tracked == 1, "a second call for a second rate would move the averages again"
-        expected = [head(F.batch_norm(features[kind], None, None, training=True)) for head in probes.heads[kind]]
+        normed, heads = F.batch_norm(features[kind], None, None, training=True), probes.heads[kind]
+        expected = [F.linear(normed, heads.weight[rows], heads.bias[rows]) for rows in (slice(4), slice(4, 8))]
         assert torch.allclose(logits[kind], torch.stack(expected), atol=1e-6)
     (logits["mean"][1] * torch.randn(6, 4)).sum().backward()
-    moved = [name for name, parameter in probes.named_parameters()
-             if parameter.grad is not None and parameter.grad.abs().max() > 1e-3]
-    assert moved == ["heads.mean.1.weight", "heads.mean.1.bias"]
+    assert probes.heads["cls"].weight.grad is None
+    gradient = probes.heads["mean"].weight.grad
+    assert gradient[:4].abs().max() == 0 and gradient[4:].abs().max() > 1e-3
+
+
+def test_each_head_of_a_probe_learns_with_its_own_rate(tmp_path, monkeypatch):
+    """Two heads with two rates end as those of two probes that have one of the rates each."""
+    class EqualHeads(finetune.LinearProbes):
+        """Its random initial weights would depend on the number of heads."""
+
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            for heads in self.heads.values():
+                nn.init.zeros_(heads.weight)
+
+    def heads(*rates: float) -> list[torch.Tensor]:
+        """The weights [rates, classes, D] of a small run, for [CLS] and the mean patch."""
+        options = ["data.train_images=64", "data.val_images=16", "finetune.weights=none", "finetune.batch_size=16",
+                   "finetune.mode=linear_probe", "finetune.probe_epochs=2", "precision=fp32", "device=cpu",
+                   f"finetune.probe_lrs={[*rates]}", f"output_dir={tmp_path}/{rates}"]
+        monkeypatch.setattr(sys, "argv", ["finetune.py", str(CODE / "configs/demo.yaml"), *options])
+        finetune.main()
+        state = torch.load(tmp_path / f"{rates}/linear_probe_scratch/last.pt", weights_only=True)["probes"]
+        return [state[f"heads.{kind}.weight"].unflatten(0, (len(rates), -1)) for kind in ("cls", "mean")]
+
+    monkeypatch.setattr(finetune, "LinearProbes", EqualHeads)
+    for both, slow, fast in zip(heads(0.03, 1.0), heads(0.03), heads(1.0), strict=True):
+        assert torch.allclose(both, torch.cat([slow, fast]), atol=1e-5)
+        assert slow.abs().max() > 1e-3 and fast.abs().max() > 10 * slow.abs().max()
