@@ -632,7 +632,7 @@ class MaskedImageModel(VisionTransformer):
         x = self.embed(images, masked, self.mask_token)
         if self.early_layers != self.depth:
             x, kept = self.forward_blocks(x, position_bias, (self.early_layers,), asked)
-        else:  # the head reads the visible patches of the last layer
+        else:  # l = L: the head reads the visible patches of the last layer too, so all of them stay
             x, kept = self.forward_blocks(x, position_bias, (self.early_layers,))
             x = take(x, asked)
 

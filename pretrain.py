@@ -23,7 +23,7 @@ One image of 224 pixels on its way through the paper's base model:
 
     image                                     [3, 224, 224]
     ids of all patches, from the tokenizer    [196]           only those of the 75 hidden patches are asked for
-    [CLS] and 14 x 14 patches, 75 hidden      [197, 768]      a transformer of 12 blocks; all 197 tokens run through it
+    [CLS] and 14 x 14 patches, 75 hidden      [197, 768]      12 blocks see all 197, the last MLP only 76 of them
     at the masked positions, after block 12   [75, 768]
     prediction 1                              [75, 8192]      final norm and output layer
     final [CLS], patches after block 9        [197, 768]      the aggregation head, 2 blocks
